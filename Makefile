@@ -1,0 +1,38 @@
+# `make demo` and `make test` do everything on a fresh machine.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+OUT    ?= demo-output
+
+.PHONY: demo test test-all lint docs bench clean
+
+# The environment is built anew when its recipe changes. torch goes first and pinned, so that no
+# other requirement can choose another build of it.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all]"
+	touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/conjopt demo --out $(OUT)
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -q
+
+test-all: $(VENV)/.ready
+	$(BIN)/python -m pytest -q -m "slow or not slow"
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.ready
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+bench: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.run
+
+clean:
+	rm -rf $(VENV) docs/_build demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

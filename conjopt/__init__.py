@@ -1,0 +1,1 @@
+"""An SGD wrapper for PyTorch that sets its own step size by conjugate learning theory."""
