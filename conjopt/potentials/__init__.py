@@ -1,0 +1,11 @@
+"""Potentials `Phi` with their conjugates, links and output Hessians (docs/theory.md, section 0).
+
+One file per family; a potential of your own derives from `Potential`.
+"""
+
+from conjopt.potentials.base import Potential
+from conjopt.potentials.logistic import Logistic
+from conjopt.potentials.softmax import Softmax
+from conjopt.potentials.squared import Squared
+
+__all__ = ["Logistic", "Potential", "Softmax", "Squared"]

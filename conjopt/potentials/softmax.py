@@ -1,0 +1,60 @@
+"""The Shannon potential of the softmax (docs/theory.md, section 0)."""
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from conjopt.potentials.base import Potential, relative_entropy
+
+
+@final
+class Softmax(Potential):
+    """Negative Shannon entropy on the simplex: `Phi(y) = sum_j y_j log y_j`, link softmax.
+
+    Its loss is the Kullback-Leibler divergence of the softmax of `f` from `y`, that is
+    cross-entropy less the entropy of `y`. The link is 1/2-Lipschitz. Logits of `-inf` (masked
+    classes) are fine in `loss` where the target is 0.
+
+    Reference:
+        docs/theory.md, section 0.
+
+    Example:
+        >>> import torch
+        >>> from conjopt.potentials import Softmax
+        >>> softmax, f = Softmax(), torch.tensor([0.0, 0.0, 2.0])
+        >>> softmax.link(f)
+        tensor([0.1065, 0.1065, 0.7870])
+        >>> softmax.loss(torch.tensor([0.0, 0.0, 1.0]), f)
+        tensor(0.2395)
+        >>> softmax.smoothness
+        0.5
+    """
+
+    smoothness = 0.5
+    on_simplex = True
+
+    def value(self, y: Tensor) -> Tensor:
+        """Return `sum_j y_j log y_j`, `(..., k) -> (...)`."""
+        return -torch.special.entr(y).sum(-1)
+
+    def conjugate(self, f: Tensor) -> Tensor:
+        """Return `log sum_j exp f_j`, `(..., k) -> (...)`."""
+        return torch.logsumexp(f, -1)
+
+    def link(self, f: Tensor) -> Tensor:
+        """Return the softmax of `f`, `(..., k) -> (..., k)`."""
+        return torch.softmax(f, -1)
+
+    def hessian_product(self, f: Tensor, v: Tensor) -> Tensor:
+        """Return `(diag(p) - p p^T) v` for `p = softmax(f)`, `(..., k) -> (..., k)`."""
+        f, v = torch.broadcast_tensors(f, v)
+        p = torch.softmax(f, -1)
+        # H 1 = 0: measured from the likeliest class, v keeps its digits when p is nearly one-hot.
+        v = v - v.gather(-1, f.argmax(-1, keepdim=True))
+        return p * (v - (p * v).sum(-1, keepdim=True))
+
+    def loss(self, y: Tensor, f: Tensor) -> Tensor:
+        """Return `KL(y || softmax(f))`, `(..., k), (..., k) -> (...)`, without cancellation."""
+        log_y = torch.where(y > 0, y, 1).log()
+        return relative_entropy(y, log_y, torch.log_softmax(f, -1)).sum(-1)
