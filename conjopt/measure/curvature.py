@@ -1,0 +1,293 @@
+"""How outputs change along a direction in parameters, and the curvature that follows (Thm 2.6)."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from conjopt.measure.replay import Replay
+from conjopt.potentials import Potential
+
+__all__ = ["JacobianProduct", "curvature_along"]
+
+Run = Callable[[Mapping[str, Tensor]], list[Tensor | None]]
+
+
+class JacobianProduct:
+    """``J u``: the change of a model's outputs per unit of a step along ``u``.
+
+    Three ways, tried in this order until one works for the model, which is then kept: forward mode
+    (about 1.3 plain training steps), two vector-Jacobian products (about 2 to 3.5; for modules
+    without forward derivatives, such as weight and spectral norm), and central differences (last
+    resort, with the rounding errors of one; for EmbeddingBag). What keeps forward mode from working
+    is put aside meanwhile: fused attention, the fast path of `nn.MultiheadAttention` and
+    `nn.TransformerEncoderLayer`, and the fused LSTM.
+
+    Args:
+        model: the module, looked through for what needs such care.
+
+    Attributes:
+        method: the way that worked last: "forward", "two_vjps" or "differences".
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> product = JacobianProduct(model)
+        >>> def run(parameters):
+        ...     return [torch.func.functional_call(model, parameters, torch.eye(2))]
+        >>> outputs, changes = product(
+        ...     run, dict(model.named_parameters()), {"weight": torch.tensor([[3.0, 4.0]])}
+        ... )
+        >>> changes[0], product.method
+        (tensor([[3.],
+                [4.]]), 'forward')
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.method = "forward"
+        modules = list(model.modules())
+        self._recurrent = any(isinstance(module, nn.RNNBase) for module in modules)
+        self._fast_path = any(
+            isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer)
+            for module in modules
+        )
+
+    def __call__(
+        self, run: Run, parameters: Mapping[str, Tensor], direction: Mapping[str, Tensor]
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Outputs and their changes.
+
+        Args:
+            run: the model as a function of some of its parameters, its output as a list.
+            parameters: where to differentiate.
+            direction: ``u``, in the shapes of these parameters; those it lacks stand still.
+
+        Returns:
+            the outputs, and ``J u`` in their shapes; None in both where the output is no
+            floating-point tensor.
+
+        Raises:
+            RuntimeError: what the model itself raises.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> def run(parameters):
+            ...     return [torch.func.functional_call(model, parameters, torch.eye(2))]
+            >>> product = JacobianProduct(model)
+            >>> _, (change,) = product(run, dict(model.named_parameters()), {"bias": torch.ones(1)})
+            >>> change
+            tensor([[1.],
+                    [1.]])
+        """
+        moving = {name: parameters[name].detach() for name in direction}
+        if self.method == "forward":
+            try:
+                return self._forward(run, moving, direction)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                # No forward derivative somewhere (NotImplementedError is a RuntimeError).
+                run(moving)  # the model's own errors are the caller's to see
+                self.method = "two_vjps"
+        if self.method == "two_vjps":
+            try:
+                return self._two_vjps(run, moving, direction)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                self.method = "differences"
+        return self._differences(run, moving, direction)
+
+    def _forward(self, run: Run, at: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> Any:
+        _load_forward_formulas()
+        with torch.no_grad(), forward_ad.dual_level(), self._plain_kernels():
+            duals = {
+                name: forward_ad.make_dual(tensor, direction[name].to(tensor.dtype))
+                for name, tensor in at.items()
+            }
+            outputs: list[Tensor | None] = []
+            changes: list[Tensor | None] = []
+            for output in run(duals):
+                if output is None:
+                    outputs.append(None)
+                    changes.append(None)
+                    continue
+                primal, tangent = forward_ad.unpack_dual(output)
+                outputs.append(primal)
+                changes.append(torch.zeros_like(primal) if tangent is None else tangent)
+        return outputs, changes
+
+    def _two_vjps(self, run: Run, at: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> Any:
+        with torch.enable_grad(), self._plain_kernels():
+            leaves = {name: tensor.requires_grad_() for name, tensor in at.items()}
+            outputs = run(leaves)
+            live = [i for i, output in enumerate(outputs) if output is not None]
+            live = [i for i in live if _present(outputs[i]).requires_grad]
+            cotangents = [torch.zeros_like(_present(outputs[i]), requires_grad=True) for i in live]
+            pulled = torch.autograd.grad(
+                [_present(outputs[i]) for i in live],
+                list(leaves.values()),
+                cotangents,
+                create_graph=True,
+                allow_unused=True,
+            )
+            along = [
+                (p * direction[name].to(p.dtype)).sum()
+                for name, p in zip(leaves, pulled, strict=True)
+                if p is not None and p.requires_grad
+            ]
+            found = (
+                torch.autograd.grad(sum(along), cotangents, allow_unused=True)  # type: ignore[arg-type]
+                if along
+                else [None] * len(live)
+            )
+        by_place = dict(zip(live, found, strict=True))
+        detached = [None if output is None else output.detach() for output in outputs]
+        changes = [
+            None if output is None else _or_zeros(by_place.get(i), output)
+            for i, output in enumerate(detached)
+        ]
+        return detached, changes
+
+    def _differences(
+        self, run: Run, at: Mapping[str, Tensor], direction: Mapping[str, Tensor]
+    ) -> Any:
+        with torch.no_grad():
+            outputs = run(at)
+            step = relative_step(
+                [at[name] for name in direction], list(direction.values()), power=1 / 3
+            )
+            ahead, behind = (
+                run({name: at[name] + sign * step * direction[name] for name in direction})
+                for sign in (1, -1)
+            )
+        changes = [
+            None if a is None else (a - _present(b)) / (2 * step)
+            for a, b in zip(ahead, behind, strict=True)
+        ]
+        return outputs, changes
+
+    @contextlib.contextmanager
+    def _plain_kernels(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if self._recurrent:
+                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            if self._fast_path and torch.backends.mha.get_fastpath_enabled():
+                torch.backends.mha.set_fastpath_enabled(False)
+                stack.callback(torch.backends.mha.set_fastpath_enabled, True)
+            yield
+
+
+def curvature_along(
+    model: nn.Module, potential: Potential, inputs: Any, direction: Mapping[str, Tensor]
+) -> Tensor:
+    """``u^T GGN u``, the curvature of the mean loss along a direction (Thm 2.6).
+
+    It is ``mean_i (J_i u)^T H_i (J_i u)``, from one forward-mode product and without targets. The
+    model runs in the mode it is in, on copies of its buffers, and draws from the random number
+    generators without moving them.
+
+    Args:
+        model: returns a tensor of m samples along dimension 0; the k outputs of each along
+            dimension 1 if there are more dimensions, as torch's losses take them.
+        potential: of the loss, for the output Hessians ``H``.
+        inputs: of the model, a tensor, or a tuple or a dict of its arguments.
+        direction: ``u``, by parameter name, in the parameters' shapes; parameters that are not
+            named stand still.
+
+    Returns:
+        () the curvature, in units of the Fenchel-Young loss per squared unit of ``u``.
+
+    Raises:
+        ValueError: if a name or a shape does not fit the model, or if the model does not return
+            one tensor.
+
+    Example:
+        >>> from conjopt.potentials import Squared
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> u = {"weight": torch.tensor([[3.0, 4.0]])}
+        >>> curvature_along(model, Squared(), torch.eye(2), u)  # mean of 3^2 and 4^2
+        tensor(12.5000)
+    """
+    parameters = dict(model.named_parameters())
+    for name, tensor in direction.items():
+        if name not in parameters:
+            raise ValueError(
+                f"curvature_along: the direction names {name!r}, which is no parameter of "
+                f"{type(model).__name__}; use the names of model.named_parameters()"
+            )
+        if tensor.shape != parameters[name].shape:
+            raise ValueError(
+                f"curvature_along: the direction of {name!r} has shape {tuple(tensor.shape)}, "
+                f"expected that of the parameter, {tuple(parameters[name].shape)}"
+            )
+    args, kwargs = (
+        ((), inputs)
+        if isinstance(inputs, dict)
+        else (inputs, {})
+        if isinstance(inputs, tuple)
+        else ((inputs,), {})
+    )
+    replay = Replay(model, args, kwargs, Replay.random_state(model))
+    outputs, changes = JacobianProduct(model)(replay.run, parameters, direction)
+    if len(outputs) != 1 or outputs[0] is None or changes[0] is None:
+        raise ValueError(
+            f"curvature_along: {type(model).__name__} returned {len(outputs)} values, expected one "
+            "tensor; wrap the model in a module that returns the tensor that the loss is given"
+        )
+    rows, along = (_rows(tensor) for tensor in (outputs[0], changes[0]))
+    return (along * potential.hessian_product(rows, along)).sum(-1).mean()
+
+
+def relative_step(at: Sequence[Tensor], direction: Sequence[Tensor], *, power: float) -> Tensor:
+    """A step for differences: ``eps^power (1 + ||theta||) / ||u||``, or 0 along no direction.
+
+    Args:
+        at: theta, in parts.
+        direction: u, in the same parts.
+        power: 1/2 for one-sided differences, 1/3 for central ones.
+
+    Returns:
+        () the step, on the device.
+
+    Example:
+        >>> relative_step([torch.zeros(1)], [torch.full((1,), 2.0)], power=1 / 2)
+        tensor(0.0002)
+    """
+    size, length = (torch.nn.utils.get_total_norm(list(parts)) for parts in (at, direction))
+    eps = max(torch.finfo(tensor.dtype).eps for tensor in at) ** power
+    return torch.where(length > 0, eps * (1 + size) / length, torch.zeros_like(length))
+
+
+@functools.cache
+def _load_forward_formulas() -> None:
+    """Import what torch imports at its first forward-mode product, without its own deprecations."""
+    with warnings.catch_warnings(), contextlib.suppress(ImportError):
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
+        importlib.import_module("torch._decomp.decompositions_for_jvp")
+
+
+def _rows(outputs: Tensor) -> Tensor:
+    """Outputs in torch's layout as (samples, ..., k)."""
+    if outputs.ndim == 1:
+        return outputs.unsqueeze(-1)
+    return outputs.movedim(1, -1)
+
+
+def _present(output: Tensor | None) -> Tensor:
+    assert output is not None, "the model returned other tensors than before"
+    return output
+
+
+def _or_zeros(change: Tensor | None, output: Tensor) -> Tensor:
+    return torch.zeros_like(output) if change is None else change.detach()

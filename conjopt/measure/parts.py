@@ -1,0 +1,220 @@
+"""The gradients of two disjoint parts of the observed batch, from what an ordinary loop leaves.
+
+The parts are the even and the odd samples of one forward, or the first and the other forwards if
+several were accumulated. ``.grad`` holds their weighted sum, so one more backward pass gives both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from conjopt.measure.noise import halves
+from conjopt.measure.observation import Batch, Forward, Observation, sum_of
+
+__all__ = ["Parts", "Response", "inner_products", "respond", "split"]
+
+
+@dataclasses.dataclass(eq=False)
+class Parts:
+    """Mean gradients ``g1`` and ``g2`` of two parts of a batch; ``g = w1 g1 + w2 g2``.
+
+    Attributes:
+        first: g1, a tensor per parameter, per-sample Fenchel-Young units.
+        second: g2.
+        sizes: samples in each part.
+        forward: a forward that holds samples of the second part.
+        mask: (m,) which of its samples belong to the second part; None for all.
+    """
+
+    first: list[Tensor]
+    second: list[Tensor]
+    sizes: tuple[int, int]
+    forward: Forward
+    mask: Tensor | None
+
+
+@dataclasses.dataclass(eq=False)
+class Response:
+    """What a step along ``u`` does to the outputs of a batch, to first order.
+
+    Attributes:
+        curvature: () ``q = mean_i (J_i u)^T H_i (J_i u)`` (Thm 2.6).
+        change: () ``V = rms_i ||J_i u||`` on the tangent space (Thm 3.6).
+    """
+
+    curvature: Tensor
+    change: Tensor
+
+
+def split(
+    batch: Batch, parameters: Mapping[str, Tensor], gradients: Sequence[Tensor], *, changed: bool
+) -> Parts | None:
+    """Gradients of two parts of the batch.
+
+    Args:
+        batch: observed while the watch was armed.
+        parameters: by name, the model's own.
+        gradients: g in their order, ``.grad`` over `Batch.weight`.
+        changed: whether ``.grad`` was written to since the backward pass, by clipping say. Then
+            what the parts explain of it by a factor, ``r (G1 + G2)``, is split between them and
+            the rest is left in both. Otherwise what did not come through the model's outputs, such
+            as a penalty on weights, is left in the second.
+
+    Returns:
+        None if the batch has no two parts: a single sample, or outputs whose samples are not along
+        dimension 0.
+    """
+    forwards = batch.forwards
+    size = forwards[0].batch_size
+    pulls: list[tuple[list[Forward], Tensor | None]]
+    if len(forwards) > 1:
+        sizes = [forward.batch_size or 1 for forward in forwards]
+        counts = (sizes[0], sum(sizes[1:]))
+        share = _weight(batch, forwards[:1], None) / batch.weight
+        mask = None
+        pulls = [(forwards[:1], None), (forwards[1:], None)]
+    elif size is None or size < 2:
+        return None
+    else:
+        even, mask = halves(size, device=batch.weight.device)
+        counts = (size - size // 2, size // 2)
+        share = _weight(batch, forwards, even) / batch.weight
+        pulls = [(forwards, even), (forwards, mask)]
+
+    first_share = share.clamp(0, 1)
+    second_share = 1 - first_share
+    first = _pull(*pulls[0], parameters, batch.weight)
+    if changed:
+        second = _pull(*pulls[1], parameters, batch.weight)
+        total = torch._foreach_add(first, second)
+        along = inner_products(gradients, total).sum()
+        factor = along / inner_products(total, total).sum().clamp_min(_tiny(along))
+        rest = torch._foreach_sub(list(gradients), [factor * t for t in total])
+        g1 = [_over(factor * f, first_share) + r for f, r in zip(first, rest, strict=True)]
+        g2 = [_over(factor * s, second_share) + r for s, r in zip(second, rest, strict=True)]
+    else:
+        g2 = [_over(g - f, second_share, g) for g, f in zip(gradients, first, strict=True)]
+        g1 = [_over(f, first_share, g) for g, f in zip(gradients, first, strict=True)]
+    return Parts(g1, g2, counts, forwards[-1], mask)
+
+
+def respond(
+    batch: Batch, forward: Forward, changes: Mapping[int, Tensor], mask: Tensor | None
+) -> Response:
+    """Curvature and rms change of the outputs that the criterion saw.
+
+    Args:
+        batch: observed while the watch was armed.
+        forward: one of its forwards.
+        changes: ``J u`` by place among the output's leaves.
+        mask: (m,) the samples to look at; None for all.
+    """
+    if mask is not None:
+        changes = {place: change * _along_rows(mask, change) for place, change in changes.items()}
+    reading = batch.potential_of
+    curvatures, squares, weights = [], [], []
+    for o in batch.observations:
+        if o.forward is not forward or o.outputs is None:
+            continue
+        at, moved = (_wide(reading.rows(t)) for t in (o.outputs, o.push(changes)))
+        rows = reading.weights(o.outputs, o.targets).to(at.dtype)
+        factor = o.kappa * o.scale
+        tangent = reading.potential.tangent_projection(moved)
+        bent = reading.potential.hessian_product(at, moved)
+        curvatures.append(factor * (rows * (moved * bent).sum(-1)).sum())
+        squares.append(factor * (rows * tangent.square().sum(-1)).sum())
+        weights.append(factor)
+    total = sum_of(weights) if mask is None else _weight(batch, [forward], mask)
+    total = torch.where(total > 0, total, 1.0)
+    return Response(sum_of(curvatures) / total, (sum_of(squares) / total).clamp_min(0).sqrt())
+
+
+def inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """(blocks,) inner products of tensors, pair by pair.
+
+    Args:
+        left: a non-empty list of tensors.
+        right: as many, in the same shapes.
+    """
+    return torch.stack(
+        [
+            torch.dot(_wide(a).flatten(), _wide(b).flatten())
+            for a, b in zip(left, right, strict=True)
+        ]
+    )
+
+
+def _pull(
+    forwards: Sequence[Forward],
+    mask: Tensor | None,
+    parameters: Mapping[str, Tensor],
+    weight: Tensor,
+) -> list[Tensor]:
+    """The part of g that came through some samples of some forwards."""
+    total: list[Tensor] | None = None
+    for forward in forwards:
+        assert forward.replay is not None
+        cotangents = {
+            place: gradient if mask is None else gradient * _along_rows(mask, gradient)
+            for place, gradient in forward.gradients.items()
+        }
+        pulled = forward.replay.pull(cotangents, parameters)
+        total = pulled if total is None else list(torch._foreach_add(total, pulled))
+    assert total is not None
+    return list(torch._foreach_div(total, weight))
+
+
+def _weight(batch: Batch, forwards: Sequence[Forward], mask: Tensor | None) -> Tensor:
+    """() ``sum kappa c`` over some forwards, of some of their samples."""
+    parts = []
+    for o in batch.observations:
+        if any(o.forward is forward for forward in forwards):
+            factor = o.kappa * o.scale
+            parts.append(factor if mask is None else factor * _share(batch, o, mask))
+    return sum_of(parts)
+
+
+def _share(batch: Batch, o: Observation, mask: Tensor) -> Tensor:
+    """() the weight in the criterion's mean of the rows that some samples made."""
+    assert o.outputs is not None
+    weights = batch.potential_of.weights(o.outputs, o.targets)
+    if o.place is not None:
+        rows = mask.repeat_interleave(weights.numel() // mask.numel())
+    else:
+        # Which rows were made from these samples: those that a change of them reaches.
+        assert o.pull is not None
+        probe = {
+            place: _probe(product) * _along_rows(mask, product)
+            for place, product in o.pull[1].items()
+        }
+        rows = (batch.potential_of.rows(o.push(probe)) != 0).any(-1)
+    return (weights * rows).sum()
+
+
+def _probe(like: Tensor) -> Tensor:
+    """Numbers without a pattern, none of them zero, in the shape of a tensor."""
+    ramp = torch.arange(like.numel(), device=like.device, dtype=torch.float32)
+    return (2 + torch.cos(ramp * ramp)).reshape(like.shape).to(like.dtype)
+
+
+def _along_rows(mask: Tensor, like: Tensor) -> Tensor:
+    return mask.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _over(part: Tensor, share: Tensor, otherwise: Tensor | None = None) -> Tensor:
+    """A part over its share of the weight, or the other tensor where it has none."""
+    quotient = part / torch.where(share > 0, share, 1.0)
+    return quotient if otherwise is None else torch.where(share > 0, quotient, otherwise)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """At least float32, as half precision has no room for squares."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _tiny(like: Tensor) -> float:
+    return torch.finfo(like.dtype).tiny

@@ -1,0 +1,133 @@
+"""Running the model once more as it ran before: same inputs, random numbers and buffers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["RandomState", "Replay"]
+
+RandomState = tuple[Tensor, dict[torch.device, Tensor]]  # of the CPU, and of each CUDA device
+
+
+@dataclasses.dataclass(eq=False)
+class Replay:
+    """A forward of the model that can be run again, with other parameters if wanted.
+
+    The copy of the inputs, the state of the random number generators before the forward, and
+    copies of the buffers make it the same function; nothing that the model owns is written to.
+
+    Attributes:
+        model: the module.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        random: the state of the generators before the forward.
+        paused: a context in which the hooks of the watch are off.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.5))
+        >>> state = Replay.random_state(model)
+        >>> inputs = torch.ones(4, 2)
+        >>> outputs = model(inputs)
+        >>> (again,) = Replay(model, (inputs,), {}, state).run({})
+        >>> torch.equal(outputs, again)
+        True
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    random: RandomState
+    paused: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+
+    @staticmethod
+    def random_state(model: nn.Module) -> RandomState:
+        """The state of the random number generators that the model may draw from.
+
+        Args:
+            model: its parameters and buffers tell the devices.
+
+        Example:
+            >>> cpu, others = Replay.random_state(nn.Linear(2, 3))
+            >>> cpu.dtype, others
+            (torch.uint8, {})
+        """
+        devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
+        return (
+            torch.get_rng_state(),
+            {device: torch.cuda.get_rng_state(device) for device in devices},
+        )
+
+    def run(self, parameters: Mapping[str, Tensor]) -> list[Tensor | None]:
+        """The output's leaves, None for those that are no floating-point tensors.
+
+        Args:
+            parameters: by name, what to use in place of the model's own.
+
+        Example:
+            >>> model = nn.Linear(2, 3)
+            >>> replay = Replay(model, (torch.ones(4, 2),), {}, Replay.random_state(model))
+            >>> [output.shape for output in replay.run({"bias": torch.zeros(3)})]
+            [torch.Size([4, 3])]
+        """
+        # torch.compile's wrapper, if any, is taken off: forward mode cannot go through it.
+        model = getattr(self.model, "_orig_mod", self.model)
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        cpu, others = self.random
+        devices = [device.index for device in others]
+        with self.paused(), torch.random.fork_rng(devices, enabled=True):
+            torch.set_rng_state(cpu)
+            for device, state in others.items():
+                torch.cuda.set_rng_state(state, device)
+            output = functional_call(
+                model, {**buffers, **parameters}, self.args, self.kwargs, strict=False
+            )
+        return [
+            leaf if isinstance(leaf, Tensor) and leaf.is_floating_point() else None
+            for leaf in tree_leaves(output)
+        ]
+
+    def pull(
+        self, cotangents: Mapping[int, Tensor], parameters: Mapping[str, Tensor]
+    ) -> list[Tensor]:
+        """Vector-Jacobian product ``J^T w``.
+
+        Args:
+            cotangents: by place among the output's leaves, w in the shape of that leaf.
+            parameters: by name, the model's own parameters to differentiate by.
+
+        Returns:
+            a tensor in the shape of each parameter, in their order; zero where unused.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> replay = Replay(model, (torch.ones(4, 2),), {}, Replay.random_state(model))
+            >>> weight, bias = replay.pull({0: torch.ones(4, 1)}, dict(model.named_parameters()))
+            >>> bias
+            tensor([4.])
+        """
+        with torch.enable_grad():
+            leaves = self.run(parameters)
+            outputs: Sequence[Tensor] = [_present(leaves[place]) for place in cotangents]
+            products = torch.autograd.grad(
+                outputs,
+                list(parameters.values()),
+                [c.to(o.dtype) for c, o in zip(cotangents.values(), outputs, strict=True)],
+                allow_unused=True,
+            )
+        return [
+            torch.zeros_like(parameter) if product is None else product.detach()
+            for parameter, product in zip(parameters.values(), products, strict=True)
+        ]
+
+
+def _present(leaf: Tensor | None) -> Tensor:
+    assert leaf is not None, "the model returned other tensors than before"
+    return leaf
