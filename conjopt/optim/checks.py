@@ -1,0 +1,194 @@
+"""Checks at the door of `ConjSGD`: what was given, what was expected, what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from conjopt.optim.directions import Direction, Momentum, Spectral
+from conjopt.optim.step_size import Constant, Edge, RayleighEdge, StepRule
+
+__all__ = [
+    "belong",
+    "controller",
+    "count",
+    "data_floor",
+    "dense",
+    "direction",
+    "given_parameters",
+    "group",
+    "modules",
+    "number",
+    "step_rule",
+]
+
+DIRECTIONS: dict[str, type[Direction]] = {"spectral": Spectral, "sgd": Momentum}
+
+
+def modules(model: object, loss: object) -> tuple[nn.Module, nn.Module]:
+    """The two modules, if they are modules that can be watched."""
+    use = "ConjSGD(model.parameters(), model=model, loss=criterion)"
+    for name, value in (("model", model), ("loss", loss)):
+        if not isinstance(value, nn.Module):
+            what = "nothing" if value is None else f"a {type(value).__name__}"
+            raise TypeError(
+                f"ConjSGD: got {what} as {name}=, expected the torch.nn.Module that the training "
+                f"loop calls: {use}"
+            )
+    assert isinstance(model, nn.Module)
+    assert isinstance(loss, nn.Module)
+    if isinstance(model, DataParallel | DistributedDataParallel):
+        raise TypeError(
+            f"ConjSGD: got a {type(model).__name__} as model=; several devices are not supported "
+            "yet: train the inner module on one device"
+        )
+    return model, loss
+
+
+def direction(given: str | Direction) -> Direction:
+    """The direction of a name, or the given one."""
+    if isinstance(given, Direction):
+        return given
+    if given not in DIRECTIONS:
+        raise ValueError(
+            f"ConjSGD: direction={given!r}, expected one of {sorted(DIRECTIONS)} or a Direction"
+        )
+    return DIRECTIONS[given]()
+
+
+def step_rule(given: str | StepRule, of: Direction) -> StepRule:
+    """The step rule of a name for a direction, or the given one."""
+    if isinstance(given, StepRule):
+        fits = isinstance(given, Constant) or isinstance(given, Edge) == of.held_out
+        if isinstance(given, Edge | RayleighEdge) and not fits:
+            raise ValueError(
+                f"ConjSGD: step_rule={type(given).__name__} does not go with "
+                f"direction={of.name!r}; use Edge with held-out directions such as 'spectral', "
+                "RayleighEdge with 'sgd'"
+            )
+        return given
+    if given == "constant":
+        return Constant()
+    if given == "edge":
+        return Edge() if of.held_out else RayleighEdge()
+    raise ValueError(
+        f"ConjSGD: step_rule={given!r}, expected one of ['constant', 'edge'] or a StepRule"
+    )
+
+
+def data_floor(given: float | str) -> float | None:
+    """The floor as a number, None for automatic."""
+    if isinstance(given, str):
+        if given != "auto":
+            raise ValueError(f"ConjSGD: data_floor={given!r}, expected 'auto' or a number")
+        return None
+    if not math.isfinite(given):
+        raise ValueError(f"ConjSGD: data_floor={given}, expected 'auto' or a finite number")
+    return float(given)
+
+
+def number(
+    name: str, value: Any, least: float, most: float = math.inf, *, open_end: bool = False
+) -> None:
+    """Refuse what is no finite number in a range."""
+    try:
+        real = float(value)
+    except (TypeError, ValueError):
+        real = math.nan
+    if not math.isfinite(real) or real < least or real > most or (open_end and real == most):
+        end = "" if math.isinf(most) else f" and {'<' if open_end else '<='} {most:g}"
+        raise ValueError(f"ConjSGD: {name}={value!r}, expected a finite number >= {least:g}{end}")
+
+
+def count(name: str, value: Any, least: int) -> None:
+    """Refuse what is no whole number from some least one on."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"ConjSGD: {name}={value!r}, expected a whole number >= {least}")
+
+
+def group(options: Mapping[str, Any], rule: StepRule) -> None:
+    """Refuse hyperparameters of a group that are out of range."""
+    number("lr", options["lr"], 0)
+    number("momentum", options["momentum"], 0, 1, open_end=True)
+    number("weight_decay", options["weight_decay"], 0)
+    number("dampening", options["dampening"], 0, 1)
+    if options["max_step"] is not None:
+        number("max_step", options["max_step"], 0)
+    if options["nesterov"] and options["momentum"] > 0 and options["dampening"] != 0:
+        raise ValueError(
+            f"ConjSGD: dampening={options['dampening']} with nesterov=True; Nesterov's look-ahead "
+            "needs dampening=0, or pass nesterov=False"
+        )
+    if options["maximize"] and rule.measures:
+        raise ValueError(
+            "ConjSGD: maximize=True, but the step rule measures how far a loss is above its floor; "
+            "minimize the criterion, or use step_rule='constant'"
+        )
+
+
+def given_parameters(params: Any) -> list[Any]:
+    """The parameters or groups as a list, if there are any."""
+    if isinstance(params, Tensor | Mapping):
+        raise TypeError(
+            f"ConjSGD: got a {type(params).__name__} as params, expected an iterable of parameters "
+            "or of dicts: pass model.parameters()"
+        )
+    listed = list(params)
+    if not listed:
+        raise ValueError(
+            "ConjSGD: got an empty parameter list (a generator that was used up, or a model "
+            "without parameters?); pass model.parameters()"
+        )
+    return listed
+
+
+def belong(params: Iterable[Tensor], names: Mapping[int, str], model: nn.Module) -> None:
+    """Refuse parameters that are not the model's, or complex."""
+    for parameter in params:
+        if id(parameter) not in names:
+            raise ValueError(
+                f"ConjSGD: a parameter of shape {tuple(parameter.shape)} is not one of the "
+                f"parameters of model={type(model).__name__}; pass the module that holds all of "
+                "them as model=, or its parameters() as params"
+            )
+        if parameter.is_complex():
+            raise ValueError(
+                f"ConjSGD: parameter {names[id(parameter)]!r} is complex, expected real; hold real "
+                "and imaginary parts in two real parameters"
+            )
+
+
+def dense(parameters: Iterable[Tensor]) -> None:
+    """Refuse sparse and complex gradients."""
+    for parameter in parameters:
+        gradient = parameter.grad
+        assert gradient is not None
+        if gradient.layout != torch.strided:
+            raise RuntimeError(
+                f"ConjSGD: the gradient of a parameter of shape {tuple(parameter.shape)} is sparse "
+                f"({gradient.layout}), expected dense; use nn.Embedding(..., sparse=False)"
+            )
+        if gradient.is_complex():
+            raise RuntimeError(
+                f"ConjSGD: the gradient of a parameter of shape {tuple(parameter.shape)} is "
+                "complex, expected real"
+            )
+
+
+def controller(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a state that the base class does not know, if it is whole."""
+    found = state_dict.get("controller")
+    if not isinstance(found, Mapping) or found.get("version") != 1:
+        raise ValueError(
+            "ConjSGD.load_state_dict: expected the state of a ConjSGD with a 'controller' of "
+            f"version 1, got keys {sorted(state_dict)}; load a state that ConjSGD.state_dict() made"
+        )
+    missing = {"calls", "trust_only", "statistics"} - set(found)
+    if missing:
+        raise ValueError(f"ConjSGD.load_state_dict: the controller lacks {sorted(missing)}")
+    return found

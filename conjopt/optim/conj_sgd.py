@@ -1,0 +1,597 @@
+"""ConjSGD: the loop of one step, watch -> measure -> decide -> step."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from conjopt.measure.curvature import JacobianProduct
+from conjopt.measure.observation import Batch, Watch
+from conjopt.measure.parts import split
+from conjopt.optim import checks, measuring
+from conjopt.optim.directions import Direction
+from conjopt.optim.gate import Gate, choose
+from conjopt.optim.statistics import Statistics
+from conjopt.optim.status import Status
+from conjopt.optim.step_size import StepRule
+from conjopt.potentials import Logistic, Softmax
+
+__all__ = ["ConjSGD"]
+
+FLOOR_PATIENCE = 10  # steps at a running loss of 0 or less before a data floor is given up
+BLOCK_STATE = ("square", "square_weight", "slopes", "shrinkage")  # of statistics' precision
+
+
+class ConjSGD(Optimizer):
+    """SGD whose step size follows from what the loop shows: no learning rate to tune.
+
+    A step is ``theta <- theta (1 - min(weight_decay a, max_decay)) - a u``, with ``u`` of the
+    direction and ``a`` the least of three limits, times ``lr``: the edge step ``s max(N, rho_min
+    S) / q`` (Thm 3.2), the Polyak cap ``L / S`` over the data floor (Thm 3.5) and the trust region
+    ``tau sqrt(2 L / beta) / V`` (Thm 3.6). On measuring steps, each of the first ``warmup`` and
+    every ``measure_every``-th, ``u`` is made from the odd samples of the batch, and its slope ``N``
+    on the even ones is unbiased; curvature ``q`` and output change ``V`` come from one forward-mode
+    product. The loop is an ordinary torch loop; hooks on ``model`` and ``loss`` watch it. Samples
+    lie along dimension 0 of the model's outputs. See docs/how_it_works.md.
+
+    Args:
+        params: parameters, named parameters or groups of them, all of ``model``.
+        model: the module that the loop calls.
+        loss: the criterion that the loop calls: `torch.nn.CrossEntropyLoss`, `MSELoss`,
+            `BCEWithLogitsLoss` or a `conjopt.losses.FenchelYoungLoss`, reduced by mean or sum.
+        lr: dimensionless factor of the step, 1.0 for what the theory says; schedulers act on it.
+            Where groups differ, their ratio is part of the direction. The step itself under
+            ``step_rule="constant"``.
+        momentum: in [0, 1).
+        nesterov: look ahead by one gradient; ignored at momentum 0.
+        weight_decay: decoupled, per unit of step; None for 0.1 with ``direction="spectral"`` over
+            softmax and logistic losses, which have no minimizer, and 0 otherwise.
+        direction: "spectral" (orthogonalised momentum), "sgd", or a `Direction`.
+        step_rule: "edge" (the three limits; for "sgd" the inverse curvature along the gradient and
+            the trust region), "constant", or a `StepRule`, whose arguments are ``s``, ``rho_min``
+            and ``tau``.
+        measure_every: steps from one measurement to the next.
+        warmup: first steps, each of which measures.
+        data_floor: in the criterion's units, the least training loss that the data allow (Thm 1.3);
+            "auto" for the entropy of soft or smoothed targets.
+        max_step: cap of the actual step; None for none.
+        average: share of the run that the tail average reaches back, see `averaged`; 0 for none.
+        maximize: as in torch; only under ``step_rule="constant"``.
+        foreach: multi-tensor kernels for scaling, checking and updating; None for on a GPU.
+        dampening: of ``direction="sgd"``, as in torch.
+        coupled_weight_decay: add ``weight_decay theta`` to the gradient, as `torch.optim.SGD` does.
+        decay: of the running means of loss and measurements.
+        max_decay: most that weight decay takes off in one step.
+
+    Raises:
+        TypeError: if model or loss are missing or of another kind, or the criterion unknown.
+        ValueError: if there are no parameters, some are not the model's or complex, or a
+            hyperparameter is out of range.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model, criterion = nn.Linear(4, 3), nn.CrossEntropyLoss()
+        >>> optimizer = ConjSGD(model.parameters(), model=model, loss=criterion)
+        >>> x = torch.randn(30, 4)
+        >>> y = x[:, :3].argmax(1)
+        >>> for _ in range(5):
+        ...     optimizer.zero_grad()
+        ...     loss = criterion(model(x), y)
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> bool(criterion(model(x), y) < loss), optimizer.status().step
+        (True, 5)
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        model: nn.Module | None = None,
+        loss: nn.Module | None = None,
+        lr: float | Tensor = 1.0,
+        momentum: float = 0.9,
+        nesterov: bool = True,
+        weight_decay: float | None = None,
+        direction: str | Direction = "spectral",
+        step_rule: str | StepRule = "edge",
+        measure_every: int = 25,
+        warmup: int = 20,
+        data_floor: float | str = "auto",
+        max_step: float | None = None,
+        average: float = 0.0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        dampening: float = 0.0,
+        coupled_weight_decay: bool = False,
+        decay: float = 0.9,
+        max_decay: float = 0.002,
+    ) -> None:
+        self._model, criterion = checks.modules(model, loss)
+        self._direction = checks.direction(direction)
+        self._rule = checks.step_rule(step_rule, self._direction)
+        self._floor = checks.data_floor(data_floor)
+        checks.number("average", average, 0, 1, open_end=True)
+        checks.number("decay", decay, 0, 1, open_end=True)
+        checks.number("max_decay", max_decay, 0, 1)
+        checks.count("measure_every", measure_every, 1)
+        checks.count("warmup", warmup, 1)
+        self._every, self._warmup, self._average = measure_every, warmup, average
+        self._foreach, self._max_decay = foreach, max_decay
+        names = {id(p): name for name, p in self._model.named_parameters()}
+        self._names = names
+        parameters = checks.given_parameters(params)
+        self._watch = Watch(self._model, criterion, dict(self._model.named_parameters()))
+        self._watch.armed = True
+        potential = self._watch.potential_of.potential
+        if weight_decay is None:
+            runs_off = isinstance(potential, Softmax | Logistic)
+            weight_decay = 0.1 if self._direction.name == "spectral" and runs_off else 0.0
+        self._beta = potential.smoothness
+        self._product = JacobianProduct(self._model)
+        self._trust_only = False
+        self._calls = 0
+        self._warned: set[str] = set()
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "coupled_weight_decay": coupled_weight_decay,
+            "max_step": max_step,
+            "maximize": maximize,
+        }
+        checks.group(defaults, self._rule)
+        super().__init__(parameters, defaults)
+        every = [p for group in self.param_groups for p in group["params"]]
+        wide = any(p.dtype == torch.float64 for p in every)
+        dtype = torch.float64 if wide else torch.float32
+        self._statistics = Statistics(decay, every[0].device, dtype)
+        for group in self.param_groups:
+            none_yet = torch.zeros_like(self._statistics.steps)
+            group["step_size"] = none_yet if self._rule.measures else group["lr"]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters of the model with their own hyperparameters, as in torch.
+
+        Args:
+            param_group: with "params" and what differs from the defaults.
+
+        Raises:
+            ValueError: if a parameter is not the model's, or a hyperparameter is out of range.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+            >>> optimizer = ConjSGD(model[1].parameters(), model=model, loss=nn.MSELoss())
+            >>> optimizer.add_param_group({"params": model[0].parameters(), "lr": 0.5})
+            >>> [group["lr"] for group in optimizer.param_groups]
+            [1.0, 0.5]
+        """
+        before = len(self.param_groups)
+        super().add_param_group(param_group)
+        try:
+            for group in self.param_groups[before:]:
+                checks.group(group, self._rule)
+                checks.belong(group["params"], self._names, self._model)
+                group.setdefault("step_size", 0.0)
+        except BaseException:
+            del self.param_groups[before:]
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step with the gradients at hand; without any, do nothing, as in torch.
+
+        A loss, gradient, slope or curvature that is not finite gives up the step: parameters and
+        state stay, it is counted in `status` and said once.
+
+        Args:
+            closure: computes the loss and its gradients anew, as in torch.
+
+        Returns:
+            what the closure returned.
+
+        Raises:
+            RuntimeError: if gradients are sparse, or do not come from an observed loss; it says
+                what to do. Nothing was changed then.
+
+        Example:
+            >>> model, criterion = nn.Linear(2, 1), nn.MSELoss()
+            >>> optimizer = ConjSGD(model.parameters(), model=model, loss=criterion)
+            >>> criterion(model(torch.ones(4, 2)), torch.zeros(4, 1)).backward()
+            >>> optimizer.step()
+            >>> optimizer.status().step
+            1
+        """
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        moving = [(p, g) for g in self.param_groups for p in g["params"] if p.grad is not None]
+        if not moving:
+            return result
+        checks.dense(p for p, _ in moving)
+        batch = self._watch.batch() if self._rule.measures else None
+        parameters = {self._names[id(p)]: p for p, _ in moving}
+        groups = [group for _, group in moving]
+        states: list[Any] = [self.state[p] for p, _ in moving]
+
+        # Watch: gradients and loss in per-sample Fenchel-Young units.
+        statistics = self._statistics
+        gradients, size = self._gradients(moving, batch)
+        seen = size
+        if batch is not None:
+            loss = self._excess(batch).to(statistics.loss)
+            seen = size + loss
+        finite = torch.isfinite(seen)
+        if self._given_up(finite):
+            return result
+        gate = None if finite.device.type == "cpu" else finite
+        gradients = [choose(gate, g, 0.0) for g in gradients]
+
+        # Measure: the direction, and on measuring steps what it promises.
+        ratios = self._ratios(groups)
+        found = self._measure(batch, parameters, gradients, states, groups, ratios)
+        if found is None:
+            u, pending = self._direction.propose(gradients, gradients, states, groups)
+        else:
+            u, pending = found.directions, found.pending
+            finite = finite & found.finite
+            if self._given_up(finite):
+                return result
+            gate = None if finite.device.type == "cpu" else finite
+
+        # Decide.
+        if batch is not None:
+            statistics.see_loss(loss, gate)
+            self._lower_floor(gate)
+        if found is not None:
+            self._trust_only = found.trust_only
+            statistics.see(found.measurement, gate)
+            self._rule.after_measuring(statistics, self._trust_only, gate)
+            found.keep(states, gate)
+        sizes = self._step_sizes(gate)
+
+        # Step.
+        self._direction.commit(gradients, states, groups, pending, gate)
+        self._move(moving, u, sizes, gate)
+        statistics.steps = choose(gate, statistics.steps + 1, statistics.steps)
+        statistics.skipped = choose(gate, statistics.skipped, statistics.skipped + 1)
+        self._take_average(moving, gate)
+        self._calls += 1
+        self._watch.release()
+        self._watch.armed = self._due()
+        return result
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset gradients, as in torch, and forget what they came from.
+
+        Args:
+            set_to_none: as in torch.
+
+        Example:
+            >>> model, criterion = nn.Linear(2, 1), nn.MSELoss()
+            >>> optimizer = ConjSGD(model.parameters(), model=model, loss=criterion)
+            >>> criterion(model(torch.ones(4, 2)), torch.zeros(4, 1)).backward()
+            >>> optimizer.zero_grad()
+            >>> model.weight.grad is None
+            True
+        """
+        super().zero_grad(set_to_none)
+        self._watch.clear()
+
+    def observe(self, outputs: Tensor, targets: Tensor, scale: float = 1.0) -> None:
+        """Say what the loss is made of, where the criterion module itself is not called.
+
+        Call it between the model's forward and ``backward()``.
+
+        Args:
+            outputs: what the criterion would be given, computed from the model's output.
+            targets: as the criterion takes them.
+            scale: the factor of the criterion's value in what is differentiated.
+
+        Raises:
+            RuntimeError: if the outputs do not come from the last training forward.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> optimizer = ConjSGD(model.parameters(), model=model, loss=nn.MSELoss())
+            >>> outputs, targets = model(torch.ones(4, 2)), torch.zeros(4, 1)
+            >>> optimizer.observe(outputs, targets)
+            >>> nn.functional.mse_loss(outputs, targets).backward()
+            >>> optimizer.step()
+        """
+        self._watch.observe(outputs, targets, scale)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the tail average of the parameters in their place inside the block, to evaluate with.
+
+        It is the running mean with weight ``1 / (average t + 1)`` for the parameters after step t:
+        about the last ``average`` of the run, whatever its length.
+
+        Raises:
+            RuntimeError: if the optimizer was made with ``average=0``.
+
+        Example:
+            >>> model, criterion = nn.Linear(2, 1), nn.MSELoss()
+            >>> optimizer = ConjSGD(model.parameters(), model=model, loss=criterion, average=0.1)
+            >>> for _ in range(2):
+            ...     optimizer.zero_grad()
+            ...     criterion(model(torch.ones(4, 2)), torch.zeros(4, 1)).backward()
+            ...     optimizer.step()
+            >>> before = model.weight.detach().clone()
+            >>> with optimizer.averaged():
+            ...     inside = model.weight.detach().clone()
+            >>> torch.equal(before, inside), torch.equal(before, model.weight)
+            (False, True)
+        """
+        if not self._average:
+            raise RuntimeError(
+                "averaged(): this optimizer keeps no average; make it with average=0.1, say"
+            )
+        held = [
+            (p, self.state[p]["average"], p.detach().clone())
+            for group in self.param_groups
+            for p in group["params"]
+            if "average" in self.state[p]
+        ]
+        with torch.no_grad():
+            for parameter, average, _ in held:
+                parameter.copy_(average)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, _, own in held:
+                    parameter.copy_(own)
+
+    def status(self) -> Status:
+        """Where the optimizer stands; reads from the device, so not for every step.
+
+        Returns:
+            a snapshot whose printed form is a table.
+
+        Example:
+            >>> model, criterion = nn.Linear(2, 1), nn.MSELoss()
+            >>> optimizer = ConjSGD(model.parameters(), model=model, loss=criterion)
+            >>> optimizer.status().limited_by
+            'nothing measured'
+        """
+        self._say_what_happened()
+        return Status.of(
+            self._statistics,
+            self._rule.limits(self._statistics, self._beta, self._trust_only),
+            self.param_groups[0],
+            measures=self._rule.measures,
+            trust_only=self._trust_only,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state for an exact resume, as in torch, with the statistics under "controller".
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> optimizer = ConjSGD(model.parameters(), model=model, loss=nn.MSELoss())
+            >>> sorted(optimizer.state_dict())
+            ['controller', 'param_groups', 'state']
+        """
+        state = super().state_dict()
+        state["controller"] = {
+            "version": 1,
+            "calls": self._calls,
+            "trust_only": self._trust_only,
+            "statistics": self._statistics.state_dict(),
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a state; a run that goes on from it equals the unbroken one.
+
+        Args:
+            state_dict: from `state_dict` of a ConjSGD over the same parameters.
+
+        Raises:
+            ValueError: if it is of another optimizer or version, or does not fit; nothing is
+                loaded then.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> optimizer = ConjSGD(model.parameters(), model=model, loss=nn.MSELoss())
+            >>> optimizer.load_state_dict(optimizer.state_dict())
+        """
+        controller = checks.controller(state_dict)
+        super().load_state_dict(state_dict)
+        self._statistics.load_state_dict(controller["statistics"])
+        self._calls, self._trust_only = controller["calls"], controller["trust_only"]
+        # torch casts a parameter's state to its type; these keep their own.
+        ordered = [p for group in self.param_groups for p in group["params"]]
+        numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for parameter, number in zip(ordered, numbers, strict=True):
+            for key in BLOCK_STATE:
+                if key in (saved := state_dict["state"].get(number, {})):
+                    self.state[parameter][key] = saved[key].clone().to(parameter.device)
+        self._watch.release()
+        self._watch.armed = self._due()
+
+    # The parts of a step.
+
+    def _gradients(
+        self, moving: list[tuple[Tensor, dict[str, Any]]], batch: Batch | None
+    ) -> tuple[list[Tensor], Tensor]:
+        """``g`` in Fenchel-Young units, and a number that is finite if all of it is."""
+        raw: list[Any] = [p.grad for p, _ in moving]
+        size = torch.nn.utils.get_total_norm(raw, math.inf, foreach=self._foreach)
+        if batch is not None:
+            raw = _divide(raw, batch.weight, self._foreach)
+        for i, (parameter, group) in enumerate(moving):
+            if group["maximize"]:
+                raw[i] = -raw[i]
+            if group["coupled_weight_decay"] and group["weight_decay"] != 0:
+                raw[i] = raw[i].add(parameter, alpha=group["weight_decay"])
+        return raw, size.to(self._statistics.loss)
+
+    def _excess(self, batch: Batch) -> Tensor:
+        """() loss of the batch over the floor, or over the targets' entropy if that proved wrong."""
+        free = batch.loss(None)
+        if self._floor is None:
+            return free
+        return torch.where(self._statistics.lowered > 0, free, batch.loss(self._floor))
+
+    def _lower_floor(self, gate: Gate) -> None:
+        """Give up a data floor that the losses stay below: it would freeze training."""
+        if self._floor is None:
+            return
+        statistics = self._statistics
+        below = torch.where(statistics.loss <= 0, statistics.below + 1, 0.0)
+        statistics.below = choose(gate, below, statistics.below)
+        now = (statistics.below >= FLOOR_PATIENCE) & (statistics.lowered == 0)
+        statistics.lowered = torch.where(now, 1.0, statistics.lowered)
+        statistics.loss = torch.where(now, torch.nan, statistics.loss)  # starts anew
+        if statistics.lowered.device.type == "cpu":
+            self._say_what_happened()
+
+    def _measure(
+        self,
+        batch: Batch | None,
+        parameters: Mapping[str, Tensor],
+        gradients: list[Tensor],
+        states: list[Any],
+        groups: list[dict[str, Any]],
+        ratios: list[float],
+    ) -> measuring.Found | None:
+        if batch is None or not self._due() or any(f.replay is None for f in batch.forwards):
+            return None
+        direction, product = self._direction, self._product
+        if not direction.held_out:
+            return measuring.along_gradient(
+                batch, parameters, gradients, direction, states, groups, ratios, product
+            )
+        parts = None
+        if not measuring.couples_samples(self._model):
+            assert batch.marks is not None
+            changed = self._watch.changed_since_backward(batch.marks)
+            parts = split(batch, parameters, gradients, changed=changed)
+            if parts is None and self._statistics.measured and not self._trust_only:
+                return None  # a single sample, the last of an epoch say
+        if parts is None:
+            weights = self._weights(states, ratios)
+            return measuring.change_only(
+                batch, parameters, gradients, direction, states, groups, weights
+            )
+        decay = self._statistics.decay
+        return measuring.held_out(
+            batch, parts, parameters, gradients, direction, states, groups, ratios, product, decay
+        )
+
+    def _step_sizes(self, gate: Gate) -> list[Any]:
+        """The step of each group: a tensor, or the number that ``lr`` is under a constant rule."""
+        least = None
+        if self._rule.measures:
+            least = self._rule.step_size(self._statistics, self._beta, self._trust_only)
+        sizes = []
+        for group in self.param_groups:
+            size = group["lr"] if least is None else least * group["lr"]
+            if group["max_step"] is not None:
+                cap = group["max_step"]
+                size = size.clamp(max=cap) if isinstance(size, Tensor) else min(size, cap)
+            if least is not None:
+                size = choose(gate, size, 0.0)
+            group["step_size"] = size
+            sizes.append(size)
+        return sizes
+
+    def _move(
+        self,
+        moving: list[tuple[Tensor, dict[str, Any]]],
+        u: list[Tensor],
+        sizes: list[Any],
+        gate: Gate,
+    ) -> None:
+        by_group = {id(group): size for group, size in zip(self.param_groups, sizes, strict=True)}
+        for (parameter, group), direction in zip(moving, u, strict=True):
+            size = by_group[id(group)]
+            if group["weight_decay"] != 0 and not group["coupled_weight_decay"]:
+                taken = size * group["weight_decay"]
+                if isinstance(taken, Tensor):
+                    taken = choose(gate, taken.clamp(max=self._max_decay), 0.0)
+                else:
+                    taken = min(taken, self._max_decay)
+                parameter.mul_(1 - taken)
+            weight = self.state[parameter].get("shrinkage")
+            if isinstance(size, Tensor):
+                by = size if weight is None else size * weight
+                parameter.addcmul_(direction, by.to(parameter.dtype), value=-1)
+            else:
+                parameter.add_(choose(gate, direction, 0.0), alpha=-size)
+
+    def _take_average(self, moving: list[tuple[Tensor, dict[str, Any]]], gate: Gate) -> None:
+        if not self._average:
+            return
+        share = choose(gate, 1 / (self._average * self._statistics.steps + 1), 0.0)
+        for parameter, _ in moving:
+            state = self.state[parameter]
+            if "average" not in state:
+                state["average"] = parameter.detach().clone()
+            state["average"].lerp_(parameter, share.to(parameter.dtype))
+
+    # What the step needs to know.
+
+    def _due(self) -> bool:
+        """Whether the next step measures."""
+        number = self._calls + 1
+        return self._rule.measures and (number <= self._warmup or number % self._every == 0)
+
+    def _ratios(self, groups: list[dict[str, Any]]) -> list[float]:
+        """Each block's ``lr`` over the greatest: part of the direction that is measured."""
+        rates = [float(group["lr"]) for group in groups]
+        most = max(rates)
+        return [rate / most if most > 0 else 1.0 for rate in rates]
+
+    def _weights(self, states: list[Any], ratios: Iterable[float]) -> list[Any]:
+        return [state.get("shrinkage", 1.0) * r for state, r in zip(states, ratios, strict=True)]
+
+    def _given_up(self, finite: Tensor) -> bool:
+        """On a CPU, whether the step is to be given up; a device is not asked."""
+        if finite.device.type != "cpu" or bool(finite):
+            return False
+        self._statistics.skipped = self._statistics.skipped + 1
+        self._watch.release()
+        self._say_what_happened()
+        return True
+
+    def _say_what_happened(self) -> None:
+        """Warn once of skipped steps and of a floor that was given up; reads from the device."""
+        statistics = self._statistics
+        if "skipped" not in self._warned and bool(statistics.skipped > 0):
+            self._warned.add("skipped")
+            warnings.warn(
+                "ConjSGD gave up a step: a loss, gradient or measurement was not finite. "
+                "Parameters and state stayed as they were; status().skipped_steps counts such "
+                "steps. If they go on, look for infinities in inputs, targets and loss.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        if "floor" not in self._warned and bool(statistics.lowered > 0):
+            self._warned.add("floor")
+            warnings.warn(
+                f"ConjSGD: losses stay below data_floor={self._floor}, so it is no floor of the "
+                "training loss; going on without it. Give the floor in the criterion's units, or "
+                'leave data_floor="auto".',
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+
+def _divide(tensors: list[Tensor], by: Tensor, foreach: bool | None) -> list[Tensor]:
+    if foreach or (foreach is None and tensors[0].is_cuda):
+        return list(torch._foreach_div(tensors, by))
+    return [(tensor / by).to(tensor.dtype) for tensor in tensors]

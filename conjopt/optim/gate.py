@@ -1,0 +1,25 @@
+"""Giving up a step on a device without asking the device whether it should be."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["Gate", "choose"]
+
+Gate = Tensor | None  # () whether the step is taken; None where that is known already
+
+
+def choose(gate: Gate, new: Tensor, old: Tensor | float) -> Tensor:
+    """The new value if the step is taken, else the old one.
+
+    Args:
+        gate: () boolean on the device, or None for a step that is taken.
+        new: what the step would write.
+        old: what stays otherwise.
+
+    Example:
+        >>> choose(torch.tensor(False), torch.tensor([torch.nan]), 0.0)
+        tensor([0.])
+    """
+    return new if gate is None else torch.where(gate, new, old)
