@@ -234,7 +234,7 @@ class ConjSGD(Optimizer):
         finite = torch.isfinite(seen)
         if self._given_up(finite):
             return result
-        gate = None if finite.device.type == "cpu" else finite
+        gate = self._gate(finite)
         gradients = [choose(gate, g, 0.0) for g in gradients]
 
         # Measure: the direction, and on measuring steps what it promises.
@@ -247,7 +247,7 @@ class ConjSGD(Optimizer):
             finite = finite & found.finite
             if self._given_up(finite):
                 return result
-            gate = None if finite.device.type == "cpu" else finite
+            gate = self._gate(finite)
 
         # Decide.
         if batch is not None:
@@ -440,7 +440,7 @@ class ConjSGD(Optimizer):
         return raw, size.to(self._statistics.loss)
 
     def _excess(self, batch: Batch) -> Tensor:
-        """() loss of the batch over the floor, or over the targets' entropy if that proved wrong."""
+        """() loss of the batch over the floor, or the targets' entropy if that proved wrong."""
         free = batch.loss(None)
         if self._floor is None:
             return free
@@ -567,6 +567,10 @@ class ConjSGD(Optimizer):
         self._watch.release()
         self._say_what_happened()
         return True
+
+    def _gate(self, finite: Tensor) -> Gate:
+        """What makes the step conditional on a device; a CPU has been asked already."""
+        return None if finite.device.type == "cpu" else finite
 
     def _say_what_happened(self) -> None:
         """Warn once of skipped steps and of a floor that was given up; reads from the device."""

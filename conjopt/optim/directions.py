@@ -30,6 +30,18 @@ class Direction(abc.ABC):
         name: as `ConjSGD` takes it.
         held_out: whether a measuring step makes the direction from one half of the batch, so that
             the other half can give its unbiased slope.
+
+    Example:
+        >>> class Sign(Direction):
+        ...     name, held_out = "sign", True
+        ...
+        ...     def propose(self, gradients, batch_gradients, states, groups):
+        ...         return [gradient.sign() for gradient in gradients], []
+        ...
+        ...     def commit(self, batch_gradients, states, groups, pending, gate):
+        ...         pass
+        >>> Sign().propose([torch.tensor([3.0, -1.0])], [], [{}], [{}])
+        ([tensor([ 1., -1.])], [])
     """
 
     name: ClassVar[str]
@@ -256,14 +268,14 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     coefficients for three steps. Computed in bfloat16 on a GPU.
 
     Args:
-        matrices: (..., rows, columns) with no more rows than columns.
+        matrices: (batch, rows, columns) with no more rows than columns.
 
     Returns:
         the same shape; zero matrices stay zero. Directions with a singular value under a hundredth
         of the norm come out shorter.
 
     Example:
-        >>> diagonal = torch.diag(torch.tensor([5.0, 1.0, 0.5]))
+        >>> diagonal = torch.diag(torch.tensor([5.0, 1.0, 0.5])).unsqueeze(0)
         >>> torch.linalg.svdvals(orthogonalize(diagonal)).min() > 0.7
         tensor(True)
     """
@@ -271,13 +283,14 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     # Scaled first by the largest entry, so that squares neither overflow nor vanish.
     tiny = torch.finfo(x.dtype).tiny
     x = x / x.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
-    gram = x @ x.mT
+    gram = torch.bmm(x, x.mT)
     squared = torch.linalg.matrix_norm(gram, keepdim=True).clamp_min(tiny)  # of the Schatten-4 norm
     x, gram = x / squared.sqrt(), gram / squared
     for i, (a, b, c) in enumerate(COEFFICIENTS):
         if i:
-            gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
+            gram = torch.bmm(x, x.mT)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.to(matrices.dtype)
 
 

@@ -102,6 +102,21 @@ class StepRule(abc.ABC):
     Attributes:
         name: as `ConjSGD` takes it.
         measures: whether it needs the loop to be watched.
+
+    Example:
+        >>> class TrustAlone(StepRule):
+        ...     name = "trust"
+        ...
+        ...     def after_measuring(self, statistics, trust_only, gate):
+        ...         pass
+        ...
+        ...     def limits(self, statistics, smoothness, trust_only):
+        ...         limit = trust_region(statistics.loss, statistics.change, 0.5, smoothness)
+        ...         return {"trust region": limit}
+        >>> statistics = Statistics(0.9)
+        >>> statistics.loss, statistics.change = torch.tensor(0.25), torch.tensor(2.0)
+        >>> TrustAlone().step_size(statistics, 0.5, False)
+        tensor(0.2500)
     """
 
     name: ClassVar[str]

@@ -1,181 +1,30 @@
-"""Fenchel-Young losses, and what a criterion means as one (docs/theory.md, section 0).
+"""A criterion read as weighted Fenchel-Young losses of one potential.
 
-`potential_of` writes a criterion as `scale * sum_r weights_r * l(points_r, rows_r) + offset`, with
-`l` the Fenchel-Young loss of a potential; everything above this module works in units of `l`.
+`scale * sum_r weights_r * l(points_r, rows_r) + offset`, with `l` the Fenchel-Young loss of the
+potential (docs/theory.md, section 0); everything above this module works in units of `l`.
 """
+
+from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from conjopt.potentials import Logistic, Potential, Softmax, Squared
+from conjopt.potentials import Potential, Softmax
 
 __all__ = [
-    "FenchelYoungLoss",
-    "LogisticLoss",
+    "BinaryCrossEntropy",
+    "ClassTargets",
+    "MeanSquaredError",
     "PotentialOf",
-    "SoftmaxLoss",
-    "SquaredLoss",
-    "potential_of",
+    "of_fenchel_young",
+    "working_dtype",
 ]
-
-
-class FenchelYoungLoss(nn.Module):
-    """The loss `l(y, f) = Phi(y) + Phi*(f) - <y, f>` of a potential, with torch's layouts.
-
-    The value is `l` itself, which is 0 at the best output. torch's cross-entropy is `l` plus the
-    entropy of the (smoothed) target, so the two differ for soft targets and not for hard ones.
-
-    Potentials on the simplex take outputs of shape `(C)`, `(N, C)` or `(N, C, d1, ...)` and
-    targets that are either class indices, `(...)` the outputs' shape without `C`, or probabilities
-    of the outputs' shape; a loss term belongs to each of the `N * d1 * ...` tokens. Other
-    potentials take targets of the outputs' shape; dimension 0 counts samples and all remaining
-    elements of a sample are its `k` coordinates (`k = 1` for 1-d outputs; 0-d is one sample), and
-    a loss term, summed over coordinates, belongs to each sample.
-
-    Targets are constants: no gradient flows to them. Their values are not checked, which would
-    synchronise a device. Half precision is computed in float32.
-
-    Args:
-        potential: The potential `Phi`.
-        ignore_index: Class index of the tokens that do not count.
-        label_smoothing: Share of the uniform distribution mixed into class or probability
-            targets, in `[0, 1]`.
-        reduction: `"mean"` over the terms that count (0 if none does), `"sum"`, or `"none"`, which
-            has the shape of class-index targets on the simplex and `(N)` otherwise.
-
-    Raises:
-        ValueError: At construction for an unknown reduction, a smoothing outside of `[0, 1]`, or
-            class options for a potential that is not on the simplex; at a call for shapes or
-            types of outputs and targets that do not belong together.
-
-    Reference:
-        docs/theory.md, section 0.
-
-    Example:
-        >>> import torch
-        >>> from conjopt.losses import FenchelYoungLoss
-        >>> from conjopt.potentials import Softmax
-        >>> outputs = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
-        >>> FenchelYoungLoss(Softmax())(outputs, torch.tensor([0, 1]))
-        tensor(0.4100)
-        >>> half = torch.full((2, 2), 0.5)
-        >>> FenchelYoungLoss(Softmax(), reduction="none")(outputs, half)
-        tensor([0.4338, 0.0000])
-    """
-
-    def __init__(
-        self,
-        potential: Potential,
-        *,
-        ignore_index: int = -100,
-        label_smoothing: float = 0.0,
-        reduction: str = "mean",
-    ) -> None:
-        super().__init__()
-        if reduction not in ("none", "mean", "sum"):
-            raise ValueError(f"reduction={reduction!r}: expected 'none', 'mean' or 'sum'.")
-        if not 0 <= label_smoothing <= 1:
-            raise ValueError(f"label_smoothing={label_smoothing}: expected a number in [0, 1].")
-        if not potential.on_simplex and (label_smoothing != 0 or ignore_index != -100):
-            raise ValueError(
-                f"label_smoothing={label_smoothing} and ignore_index={ignore_index} need class "
-                f"targets, but {potential!r} is not on the simplex: leave them out, or smooth the "
-                "targets yourself."
-            )
-        self.potential = potential
-        self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
-        self.reduction = reduction
-
-    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of the layouts that the class describes.
-
-        Args:
-            outputs: Floating-point outputs.
-            targets: Class indices, probabilities or target values.
-
-        Returns:
-            A scalar, or one value per term for `reduction="none"`; float32 or wider.
-        """
-        view = _of_fenchel_young(self)
-        view._check(outputs, targets)
-        losses = view._row_losses(outputs.to(_working_dtype(outputs, targets)), targets)
-        if self.reduction == "none":
-            return losses.reshape(view._terms_shape(outputs))
-        return losses.sum() / view._divisor(outputs, targets).clamp(min=1)
-
-    def extra_repr(self) -> str:
-        """Return the arguments, for `repr`."""
-        smoothing = f", label_smoothing={self.label_smoothing}" if self.label_smoothing else ""
-        return f"{self.potential!r}{smoothing}, reduction={self.reduction!r}"
-
-
-class SoftmaxLoss(FenchelYoungLoss):
-    """Kullback-Leibler divergence of the softmax of the outputs from the targets.
-
-    torch's cross-entropy less the entropy of the (smoothed) targets; the same for hard targets.
-    Layouts, arguments and errors: `FenchelYoungLoss` with the potential `Softmax`.
-
-    Example:
-        >>> import torch
-        >>> from conjopt.losses import SoftmaxLoss
-        >>> outputs = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
-        >>> SoftmaxLoss(label_smoothing=0.1)(outputs, torch.tensor([0, 1]))
-        tensor(0.0966)
-        >>> torch.nn.CrossEntropyLoss(label_smoothing=0.1)(outputs, torch.tensor([0, 1]))
-        tensor(0.2951)
-    """
-
-    def __init__(
-        self, *, ignore_index: int = -100, label_smoothing: float = 0.0, reduction: str = "mean"
-    ) -> None:
-        super().__init__(
-            Softmax(),
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            reduction=reduction,
-        )
-
-
-class SquaredLoss(FenchelYoungLoss):
-    """Half the squared error of a sample, summed over its coordinates.
-
-    The mean over samples is `k / 2` times torch's `MSELoss`. Layouts and errors:
-    `FenchelYoungLoss` with the potential `Squared`.
-
-    Example:
-        >>> import torch
-        >>> from conjopt.losses import SquaredLoss
-        >>> SquaredLoss()(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.zeros(2, 2))
-        tensor(6.2500)
-    """
-
-    def __init__(self, *, reduction: str = "mean") -> None:
-        super().__init__(Squared(), reduction=reduction)
-
-
-class LogisticLoss(FenchelYoungLoss):
-    """Binary cross-entropy of a sample, summed over its coordinates, less the targets' entropy.
-
-    The mean over samples is `k` times torch's `BCEWithLogitsLoss` for hard targets. Layouts and
-    errors: `FenchelYoungLoss` with the potential `Logistic`.
-
-    Example:
-        >>> import torch
-        >>> from conjopt.losses import LogisticLoss
-        >>> LogisticLoss()(torch.tensor([[0.0, 2.0]]), torch.tensor([[0.0, 1.0]]))
-        tensor(0.8201)
-    """
-
-    def __init__(self, *, reduction: str = "mean") -> None:
-        super().__init__(Logistic(), reduction=reduction)
 
 
 @dataclass(frozen=True)
@@ -214,6 +63,8 @@ class PotentialOf(abc.ABC):
     def scale(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the factor `c` of the weighted mean loss, shape `()`; 1 if nothing counts."""
         self._check(outputs, targets)
+        if self._unit(targets):
+            return outputs.new_ones((), dtype=working_dtype(outputs, targets))
         total, divisor = self._mass(outputs, targets).sum(), self._divisor(outputs, targets)
         return torch.where((total > 0) & (divisor > 0), total / divisor, 1).detach()
 
@@ -223,6 +74,8 @@ class PotentialOf(abc.ABC):
         It is the weighted entropy of the targets in the criterion's units.
         """
         self._check(outputs, targets)
+        if self._certain(targets):
+            return outputs.new_zeros((), dtype=working_dtype(outputs, targets))
         entropy, divisor = self._entropy(outputs, targets).sum(), self._divisor(outputs, targets)
         return torch.where(divisor > 0, entropy / divisor, 0).detach()
 
@@ -244,6 +97,13 @@ class PotentialOf(abc.ABC):
     @abc.abstractmethod
     def rows(self, outputs_like: Tensor) -> Tensor:
         """Rearrange a tensor of the outputs' shape to shape `(R, k)`, linearly, no cast."""
+
+    # Shortcuts where the answer does not depend on the values: every training step asks.
+    def _unit(self, targets: Tensor) -> bool:
+        return False
+
+    def _certain(self, targets: Tensor) -> bool:
+        return False
 
     # The criterion is sum_r (mass_r l(points_r, rows_r) + entropy_r) / divisor, and the terms_shape
     # is that of its value under reduction="none".
@@ -271,61 +131,11 @@ class PotentialOf(abc.ABC):
         return mass * torch.where(mass > 0, losses, 0)
 
 
-def potential_of(criterion: nn.Module) -> PotentialOf:
-    """Recognise a criterion as weighted Fenchel-Young losses of one potential.
-
-    Args:
-        criterion: `torch.nn.CrossEntropyLoss`, `MSELoss`, `BCEWithLogitsLoss`, a
-            `FenchelYoungLoss`, or a subclass of one of these that does not override `forward`.
-
-    Returns:
-        The potential with scale, offset, rows, weights and points of a batch.
-
-    Raises:
-        TypeError: For a criterion that is not recognised.
-        ValueError: For `reduction="none"`, and for negative class or element weights.
-
-    Reference:
-        docs/theory.md, section 0: autograd's output gradient is `scale * weights_r * e_r`.
-
-    Example:
-        >>> import torch
-        >>> from conjopt.losses import potential_of
-        >>> view = potential_of(torch.nn.CrossEntropyLoss(label_smoothing=0.1))
-        >>> outputs, targets = torch.zeros(3, 2), torch.tensor([0, 1, -100])
-        >>> view.potential, view.weights(outputs, targets)
-        (Softmax(), tensor([0.5000, 0.5000, 0.0000]))
-        >>> view.scale(outputs, targets), view.offset(outputs, targets)
-        (tensor(1.), tensor(0.1985))
-    """
-    forward = getattr(getattr(criterion, "forward", None), "__func__", None)  # as patched, if it is
-    kind = next((k for k in _RECOGNISED if isinstance(criterion, k) and forward is k.forward), None)
-    if kind is None:
-        raise TypeError(
-            f"The criterion {criterion!r} is not recognised: expected an instance of "
-            f"{', '.join(k.__name__ for k in _RECOGNISED)} that does not override forward. Use one "
-            "of these, or observe the outputs and targets explicitly with `optimizer.observe`."
-        )
-    if criterion.reduction == "none":
-        raise ValueError(
-            f"The criterion {criterion!r} has reduction='none', so how its terms are weighed is "
-            "not known: use reduction='mean' or 'sum', or observe the outputs and targets "
-            "explicitly with `optimizer.observe`."
-        )
-    for name in ("weight", "pos_weight"):
-        weight = getattr(criterion, name, None)
-        if weight is not None and bool((weight < 0).any()):
-            raise ValueError(
-                f"The criterion's {name} has negative entries: its loss is no weighted mean. Use "
-                "weights that are at least 0."
-            )
-    return _RECOGNISED[kind](criterion)
-
-
-class _ClassTargets(PotentialOf):
+class ClassTargets(PotentialOf):
     """Class layouts on the simplex: row `r` has coefficients `a_rc` and mass `sum_c a_rc`."""
 
     def rows(self, outputs_like: Tensor) -> Tensor:
+        """Classes last: a row per token."""
         if outputs_like.ndim == 1:
             return outputs_like.unsqueeze(0)
         return outputs_like.movedim(1, -1).reshape(-1, outputs_like.shape[1])
@@ -344,6 +154,13 @@ class _ClassTargets(PotentialOf):
                 "classes to dimension 1."
             )
 
+    def _unit(self, targets: Tensor) -> bool:
+        plain = getattr(self.criterion, "weight", None) is None
+        return plain and not targets.is_floating_point() and self.criterion.reduction == "mean"
+
+    def _certain(self, targets: Tensor) -> bool:
+        return not targets.is_floating_point() and not self.criterion.label_smoothing
+
     def _divisor(self, outputs: Tensor, targets: Tensor) -> Tensor:
         weight = self._class_weight(outputs, targets)
         if self.criterion.reduction != "mean":
@@ -361,7 +178,7 @@ class _ClassTargets(PotentialOf):
         return super()._row_losses(outputs, targets)
 
     def _class_weight(self, outputs: Tensor, targets: Tensor) -> Tensor:  # (C,)
-        dtype = _working_dtype(outputs, targets)
+        dtype = working_dtype(outputs, targets)
         weight = getattr(self.criterion, "weight", None)
         if weight is None:
             weight = outputs.new_ones(outputs.shape[min(outputs.ndim - 1, 1)])
@@ -431,7 +248,7 @@ class _ValueTargets(PotentialOf):
 
     def _divisor(self, outputs: Tensor, targets: Tensor) -> Tensor:
         count = outputs.numel() if self.criterion.reduction == "mean" else 1
-        return outputs.new_full((), count, dtype=_working_dtype(outputs, targets))
+        return outputs.new_full((), count, dtype=working_dtype(outputs, targets))
 
     def _mass(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return self._points(outputs, targets).new_ones(math.prod(outputs.shape[:1]))
@@ -440,15 +257,20 @@ class _ValueTargets(PotentialOf):
         return torch.zeros_like(self._mass(outputs, targets))
 
     def _points(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return self.rows(targets).to(_working_dtype(outputs, targets))
+        return self.rows(targets).to(working_dtype(outputs, targets))
 
 
-class _MeanSquaredError(_ValueTargets):
+class MeanSquaredError(_ValueTargets):
+    """`torch.nn.MSELoss`, whose mean runs over all elements."""
+
+    def _certain(self, targets: Tensor) -> bool:
+        return True
+
     def _mass(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return 2 * super()._mass(outputs, targets)  # (f - y)^2 = 2 l
 
 
-class _BinaryCrossEntropy(_ValueTargets):
+class BinaryCrossEntropy(_ValueTargets):
     """Rows are single elements when element or positive weights tell the elements apart."""
 
     @property
@@ -456,11 +278,12 @@ class _BinaryCrossEntropy(_ValueTargets):
         return self.criterion.weight is not None or self.criterion.pos_weight is not None
 
     def rows(self, outputs_like: Tensor) -> Tensor:
+        """A row per sample, or per element if these are weighed."""
         return outputs_like.reshape(-1, 1) if self._weighted else super().rows(outputs_like)
 
     def _coefficients(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the coefficients of `-log p` and of `-log(1 - p)`, of the outputs' shape."""
-        y = targets.to(_working_dtype(outputs, targets))
+        y = targets.to(working_dtype(outputs, targets))
         ones, zeros = y, 1 - y
         if self.criterion.pos_weight is not None:
             ones = ones * _expand(self.criterion.pos_weight, y, "pos_weight")
@@ -488,32 +311,34 @@ class _BinaryCrossEntropy(_ValueTargets):
         return self.rows(torch.where(mass > 0, ones / mass, targets))
 
 
-class _FenchelYoungClasses(_ClassTargets):
+class _FenchelYoungClasses(ClassTargets):
+    def _certain(self, targets: Tensor) -> bool:
+        return True
+
     def _entropy(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return torch.zeros_like(self._mass(outputs, targets))
 
 
 class _FenchelYoungValues(_ValueTargets):
+    def _unit(self, targets: Tensor) -> bool:
+        return bool(self.criterion.reduction == "mean")
+
+    def _certain(self, targets: Tensor) -> bool:
+        return True
+
     def _divisor(self, outputs: Tensor, targets: Tensor) -> Tensor:
         mass = self._mass(outputs, targets)
         return mass.sum() if self.criterion.reduction == "mean" else mass.new_ones(())
 
 
-def _of_fenchel_young(criterion: FenchelYoungLoss) -> PotentialOf:
+def of_fenchel_young(criterion: Any) -> PotentialOf:
+    """Read a `FenchelYoungLoss`."""
     on_simplex = criterion.potential.on_simplex
     kind = _FenchelYoungClasses if on_simplex else _FenchelYoungValues
     return kind(criterion.potential, criterion)
 
 
-_RECOGNISED: dict[type[nn.Module], Callable[[Any], PotentialOf]] = {
-    nn.CrossEntropyLoss: lambda criterion: _ClassTargets(Softmax(), criterion),
-    nn.MSELoss: lambda criterion: _MeanSquaredError(Squared(), criterion),
-    nn.BCEWithLogitsLoss: lambda criterion: _BinaryCrossEntropy(Logistic(), criterion),
-    FenchelYoungLoss: _of_fenchel_young,
-}
-
-
-def _working_dtype(outputs: Tensor, targets: Tensor) -> torch.dtype:
+def working_dtype(outputs: Tensor, targets: Tensor) -> torch.dtype:
     """Return the dtype that losses are computed in: float32, or wider where an argument is."""
     dtype = torch.promote_types(outputs.dtype, torch.float32)
     return torch.promote_types(dtype, targets.dtype)
