@@ -81,7 +81,7 @@ class History:
         """
         return [dict(record) for record in self._records]
 
-    def record(self, **values: Any) -> None:
+    def record(self, /, **values: Any) -> None:
         """Append one record, and flush it.
 
         Args:

@@ -85,12 +85,12 @@ def plot_runs(
             _draw(row[1], runs, "cpu_seconds", "train_loss", style)
             if optimizer == rule_of:
                 _draw(row[2], runs, "epoch", "step_size", style)
-        for axis, quantity in zip(row, ("training loss", "training loss", "step size"), strict=True):
-            _dress(axis, f"{model}: {quantity}")
+        for axis in row[:2]:
+            _dress(axis, f"{model}: training loss")
+        _dress(row[2], f"{model}: step size of {rule_of}")
         row[0].set_xlabel("epochs")
         row[1].set_xlabel("CPU seconds of training")
         row[2].set_xlabel("epochs")
-        row[2].set_title(f"{model}: step size of {rule_of}", loc="left", fontsize=11)
         for axis in row[:2]:
             for target in targets:
                 axis.axhline(target, color="0.55", linewidth=0.8, linestyle=(0, (1, 2)), zorder=1)
