@@ -1,0 +1,1 @@
+"""What ``conjopt demo`` runs: digits, two networks, three optimizers, and a summary of them."""
