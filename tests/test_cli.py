@@ -221,7 +221,7 @@ def test_the_demo_leaves_records_a_summary_and_a_picture(tmp_path, capsys, tiny)
     assert summary["runs_finished"] == summary["runs_planned"] == len(summary["runs"]) == 12
     assert summary["command"] == f"conjopt demo --out {out} --seeds 2 --epochs 2"
     assert summary["environment"]["torch"] == torch.__version__
-    assert summary["environment"]["threads"] == torch.get_num_threads()
+    assert summary["environment"]["threads"] == 1
     assert summary["settings"]["seeds"] == [0, 1]
     row = summary["table"][-1]
     last = [runs["cnn", seed, "AdamW"][-1] for seed in (0, 1)]
@@ -259,11 +259,13 @@ def test_quick_says_so_and_gives_way_to_explicit_numbers(tiny, monkeypatch, caps
     assert "Seeds: 0; 2 epochs;" in capsys.readouterr().out
 
 
-def test_seconds_of_several_threads_come_with_a_warning(tiny, monkeypatch, capsys):
-    for threads in (1, 2):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        assert main(["demo", "--seeds", "1", "--epochs", "1"]) == 0
-        assert ("OMP_NUM_THREADS=1" in capsys.readouterr().out) == (threads > 1)
+def test_runs_on_one_thread_and_leaves_the_number_as_it_was(tiny, monkeypatch):
+    threads = []
+    optimizer_that(monkeypatch, lambda model: threads.append(torch.get_num_threads()))
+    torch.set_num_threads(2)
+    assert main(["demo", "--seeds", "1", "--epochs", "1"]) == 0
+    assert torch.get_num_threads() == 2
+    assert set(threads) == {1}
 
 
 def test_a_loss_that_is_no_number_is_recorded_and_told(tmp_path, capsys, monkeypatch, tiny):

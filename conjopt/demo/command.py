@@ -32,10 +32,6 @@ LABELS = {
     "SGD": "SGD(momentum 0.9, lr 0.1)",
     "AdamW": "AdamW(lr 3e-3)",
 }
-BUSY = (
-    "CPU seconds count threads that wait for one another: where other programs run too,\n"
-    "OMP_NUM_THREADS=1 tells them better."
-)
 
 
 class _Stop(Exception):
@@ -125,7 +121,7 @@ def run(
         output.write_plot(TARGETS)
     except OSError as error:
         stop = stop or _cannot_write(output, error)
-    _say("", table(rows), *([BUSY] if rows and torch.get_num_threads() > 1 else []))
+    _say("", table(rows))
     if found:
         _say("", *map(_wrapped, found))
     if stop:
@@ -152,7 +148,7 @@ def _announce(output: Output, quick: bool, seeds: int, epochs: int) -> None:
         f"pixels between 0 and 1; batches of {BATCH_SIZE}.",
         f"{', '.join(LABELS.values())}.",
         f"Seeds: {', '.join(map(str, range(seeds)))}; {epochs} epochs; "
-        f"the same batches for all three; threads: {torch.get_num_threads()}.",
+        "the same batches for all three; one thread.",
     )
     if quick:
         _say(f"This is the quick demo; without --quick: {SEEDS} seeds, {EPOCHS} epochs.")
@@ -172,7 +168,7 @@ def _train_all(output: Output, seeds: int, epochs: int) -> _Progress:
     ]
     total = len(runs) * epochs * steps_per_epoch(load_split(0))
     # disable=None: no bar where the standard error is no terminal.
-    with _stopping() as check, tqdm(total=total, unit="step", disable=None) as bar:
+    with _one_thread(), _stopping() as check, tqdm(total=total, unit="step", disable=None) as bar:
         try:
             for model, optimizer, seed in runs:
                 records: list[Record] = []
@@ -204,6 +200,17 @@ def _train_all(output: Output, seeds: int, epochs: int) -> _Progress:
         except _Stop as stop:
             progress.stop = stop
     return progress
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """These networks are too small for more, whose waiting would count as CPU seconds."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -251,7 +258,7 @@ def _environment() -> dict[str, Any]:
         "scikit-learn": version("scikit-learn"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
+        "threads": 1,
     }
 
 
