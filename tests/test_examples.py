@@ -1,0 +1,33 @@
+"""The examples run as a user runs them, and say what they promise."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def test_every_example_is_tested():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "ten_lines.py",
+        "beyond_the_plain_loop.py",
+    }
+
+
+@pytest.mark.parametrize(("name", "least"), [("ten_lines", 95), ("beyond_the_plain_loop", 90)])
+def test_example(name, least, tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-W", "error", EXAMPLES / f"{name}.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    accuracy = float(re.search(r"accuracy +([\d.]+) %", run.stdout).group(1))
+    assert accuracy > least
+    assert "step size" in run.stdout
+    assert not list(tmp_path.iterdir())
