@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= demo-output
+# Data sets for the training benchmark; it is left out where the folder is missing.
+DATA   ?= ../shared/data
 
 .PHONY: demo test test-all lint docs bench clean
 
@@ -32,7 +34,8 @@ docs: $(VENV)/.ready
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 bench: $(VENV)/.ready
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python tests/benchmarks/step_time.py
+	if [ -d "$(DATA)" ]; then $(BIN)/python tests/benchmarks/training.py --data "$(DATA)"; fi
 
 clean:
 	rm -rf $(VENV) docs/_build demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
