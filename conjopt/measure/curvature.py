@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from conjopt.measure.replay import Replay
+from conjopt.losses import FenchelYoungLoss, potential_of
+from conjopt.measure.replay import Replay, refuse_reentrant
 from conjopt.potentials import Potential
 
 __all__ = ["JacobianProduct", "curvature_along"]
@@ -103,6 +104,7 @@ class JacobianProduct:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:
+                run(moving)
                 self.method = "differences"
         return self._differences(run, moving, direction)
 
@@ -166,11 +168,17 @@ class JacobianProduct:
                 [at[name] for name in direction], list(direction.values()), power=1 / 3
             )
             ahead, behind = (
-                run({name: at[name] + sign * step * direction[name] for name in direction})
+                run(
+                    {
+                        name: tensor + sign * step * direction[name].to(tensor.dtype)
+                        for name, tensor in at.items()
+                    }
+                )
                 for sign in (1, -1)
             )
+        unit = torch.where(step > 0, 2 * step, 1.0)
         changes = [
-            None if a is None else (a - _present(b)) / (2 * step)
+            None if a is None else (a - _present(b)) / unit
             for a, b in zip(ahead, behind, strict=True)
         ]
         return outputs, changes
@@ -180,8 +188,8 @@ class JacobianProduct:
         with contextlib.ExitStack() as stack:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if self._recurrent:
-                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+                stack.enter_context(_switched_off(torch.backends.mkldnn))
+                stack.enter_context(_switched_off(torch.backends.cudnn))
             if self._fast_path and torch.backends.mha.get_fastpath_enabled():
                 torch.backends.mha.set_fastpath_enabled(False)
                 stack.callback(torch.backends.mha.set_fastpath_enabled, True)
@@ -198,8 +206,9 @@ def curvature_along(
     generators without moving them.
 
     Args:
-        model: returns a tensor of m samples along dimension 0; the k outputs of each along
-            dimension 1 if there are more dimensions, as torch's losses take them.
+        model: returns one tensor, which is read as `conjopt.losses.FenchelYoungLoss` reads it:
+            samples along dimension 0; on the simplex the k classes along dimension 1 and one term
+            for each token, otherwise all that a sample has are its k coordinates.
         potential: of the loss, for the output Hessians ``H``.
         inputs: of the model, a tensor, or a tuple or a dict of its arguments.
         direction: ``u``, by parameter name, in the parameters' shapes; parameters that are not
@@ -211,6 +220,7 @@ def curvature_along(
     Raises:
         ValueError: if a name or a shape does not fit the model, or if the model does not return
             one tensor.
+        RuntimeError: if the model uses reentrant activation checkpointing.
 
     Example:
         >>> from conjopt.potentials import Squared
@@ -239,13 +249,16 @@ def curvature_along(
         else ((inputs,), {})
     )
     replay = Replay(model, args, kwargs, Replay.random_state(model))
+    with torch.enable_grad():
+        refuse_reentrant([output for output in replay.run({}) if output is not None])
     outputs, changes = JacobianProduct(model)(replay.run, parameters, direction)
     if len(outputs) != 1 or outputs[0] is None or changes[0] is None:
         raise ValueError(
             f"curvature_along: {type(model).__name__} returned {len(outputs)} values, expected one "
             "tensor; wrap the model in a module that returns the tensor that the loss is given"
         )
-    rows, along = (_rows(tensor) for tensor in (outputs[0], changes[0]))
+    as_rows = potential_of(FenchelYoungLoss(potential)).rows
+    rows, along = as_rows(outputs[0]), as_rows(changes[0])
     return (along * potential.hessian_product(rows, along)).sum(-1).mean()
 
 
@@ -269,19 +282,22 @@ def relative_step(at: Sequence[Tensor], direction: Sequence[Tensor], *, power: f
     return torch.where(length > 0, eps * (1 + size) / length, torch.zeros_like(length))
 
 
+@contextlib.contextmanager
+def _switched_off(backend: Any) -> Iterator[None]:
+    """Without a backend; the ``flags`` of torch would set its other options, too."""
+    before, backend.enabled = backend.enabled, False
+    try:
+        yield
+    finally:
+        backend.enabled = before
+
+
 @functools.cache
 def _load_forward_formulas() -> None:
     """Import what torch imports at its first forward-mode product, without its own deprecations."""
     with warnings.catch_warnings(), contextlib.suppress(ImportError):
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
         importlib.import_module("torch._decomp.decompositions_for_jvp")
-
-
-def _rows(outputs: Tensor) -> Tensor:
-    """Outputs in torch's layout as (samples, ..., k)."""
-    if outputs.ndim == 1:
-        return outputs.unsqueeze(-1)
-    return outputs.movedim(1, -1)
 
 
 def _present(output: Tensor | None) -> Tensor:

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
 
 from conjopt.losses import PotentialOf, potential_of
-from conjopt.measure.replay import Replay
+from conjopt.measure.replay import Replay, refuse_reentrant
 
 __all__ = ["Batch", "Observation", "Watch"]
 
@@ -127,6 +129,17 @@ class Batch:
         return list(dict.fromkeys(o.forward for o in self.observations))
 
 
+@dataclasses.dataclass(eq=False)
+class Backward:
+    """What one backward pass met, to be kept if it accumulates into ``.grad``."""
+
+    task: int
+    marks: Marks  # before it
+    observations: list[Observation] = dataclasses.field(default_factory=list)
+    gradients: list[tuple[Forward, int, Tensor]] = dataclasses.field(default_factory=list)
+    joined: bool = False
+
+
 def sum_of(values: Sequence[Tensor]) -> Tensor:
     """The sum of a non-empty list of tensors."""
     total = values[0]
@@ -176,10 +189,11 @@ class Watch:
         self._paused = False
         self._observations: list[Observation] = []
         self._marks: Marks | None = None
-        self._last: tuple[Forward, list[tuple[int, Tensor, int, GradientEdge]]] | None = None
+        self._token = object()  # marks the nodes of the graph that made the model's outputs
         self._kept: tuple[Any, Any, Any] | None = None
-        self._in_backward: tuple[int, Marks, list[Observation]] | None = None
-        self._forward_seen = self._criterion_seen = self._unrelated = False
+        self._in_backward: Backward | None = None
+        self._explicit: list[RemovableHandle] = []
+        self._forward_seen = self._criterion_seen = self._unrelated = self._joined = False
         handles = [
             model.register_forward_pre_hook(Hook(self, "_before_forward"), with_kwargs=True),
             model.register_forward_hook(Hook(self, "_after_forward"), with_kwargs=True),
@@ -191,8 +205,8 @@ class Watch:
         """What was observed since the last `clear`.
 
         Raises:
-            RuntimeError: if no observation belongs to the gradients at hand; it says what was
-                seen and what to do.
+            RuntimeError: if no observation belongs to the gradients at hand, or one that comes
+                from several forwards; it says what was seen and what to do.
 
         Example:
             >>> model, criterion = nn.Linear(2, 1), nn.MSELoss()
@@ -203,6 +217,13 @@ class Watch:
                 ...
             RuntimeError: the gradients do not come from the criterion: MSELoss was not called ...
         """
+        if self._joined:
+            raise RuntimeError(
+                f"{type(self.criterion).__name__} was given a tensor made from several forwards of "
+                f"{type(self.model).__name__}, which is then no function that can be run again; "
+                "give as model= the module whose one forward makes the outputs, or call the model "
+                "once on the joined inputs"
+            )
         if not self._observations:
             raise RuntimeError(self._what_is_missing())
         return Batch(list(self._observations), self.potential_of, self._marks)
@@ -219,7 +240,8 @@ class Watch:
                 the number of accumulated micro-batches.
 
         Raises:
-            RuntimeError: if the outputs do not come from the last training forward of the model.
+            RuntimeError: if the outputs do not come from a training forward of the model since
+                the last step.
 
         Example:
             >>> model, criterion = nn.Linear(2, 1), nn.MSELoss()
@@ -230,17 +252,17 @@ class Watch:
             >>> len(watch.batch().observations)
             1
         """
-        origin = self._origin(outputs)
-        if origin is None:
+        origins = self._origins(outputs)
+        if not origins:
             raise RuntimeError(
-                "observe(outputs, targets): the outputs do not come from the last training forward "
-                "of the model; call observe after model(...) and before backward(), with a tensor "
-                "that was computed from its output"
+                "observe(outputs, targets): the outputs do not come from a training forward of the "
+                "model since the last step; call observe after model(...) and before backward(), "
+                "with a tensor that was computed from its output"
             )
         with torch.no_grad():
             value = self.criterion(outputs.detach(), targets)
         factor = torch.full_like(value, scale)
-        self._await(outputs, value, outputs, targets, origin, factor)
+        self._explicit.append(self._await(outputs, value, outputs, targets, origins, factor))
 
     def clear(self) -> None:
         """Forget what was observed; what is still to be differentiated stays known.
@@ -257,9 +279,10 @@ class Watch:
         """
         self._observations.clear()
         self._marks = None
+        self._joined = False
 
     def release(self) -> None:
-        """Forget the last forward as well: the step was taken.
+        """Forget the forwards as well: the step was taken.
 
         Example:
             >>> model, criterion = nn.Linear(2, 1), nn.MSELoss()
@@ -268,7 +291,10 @@ class Watch:
             >>> watch.release()
         """
         self.clear()
-        self._last = self._kept = None
+        self._token, self._kept = object(), None
+        for handle in self._explicit:  # they hold what holds them
+            handle.remove()
+        self._explicit.clear()
         self._forward_seen = self._criterion_seen = self._unrelated = False
 
     @contextlib.contextmanager
@@ -310,7 +336,10 @@ class Watch:
     # Hooks, in the order in which a training step meets them.
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self._watching(module) or not self.armed:
+        if not self._watching(module):
+            return
+        self._kept = None  # of a forward that failed
+        if not self.armed:
             return
         # Copies, as the model or the loop may write to them before they are needed.
         copied = tree_map(_copied, (args, kwargs))
@@ -327,19 +356,23 @@ class Watch:
         if not tensors:
             return
         self._forward_seen = True
+        self._criterion_seen = self._unrelated = False
         replay = None
         if self._kept is not None:
-            replay = Replay(self.model, *self._kept, paused=self.paused)
+            paused = functools.partial(_paused, weakref.ref(self))  # else the graph would hold it
+            replay = Replay(self.model, *self._kept, paused=paused)
             self._kept = None
+            refuse_reentrant(tensor for _, tensor in tensors)
         samples = {place: tensor.shape[0] if tensor.ndim else 0 for place, tensor in tensors}
         forward = Forward(replay, {}, samples)
         if replay is not None:
             for place, tensor in tensors:
                 tensor.register_hook(_keeper(self, forward, place))
-        self._last = (
-            forward,
-            [(place, t, t._version, get_gradient_edge(t)) for place, t in tensors],
-        )
+        for place, tensor in tensors:
+            if tensor.grad_fn is not None:
+                node: Any = tensor.grad_fn
+                marked = node.metadata.setdefault(self._token, {})
+                marked[tensor.output_nr] = (forward, place)
 
     def _after_criterion(self, module: nn.Module, args: Any, kwargs: Any, value: Any) -> None:
         if self._paused or module is not self.criterion or not torch.is_grad_enabled():
@@ -348,11 +381,11 @@ class Watch:
             return
         outputs, targets = _criterion_arguments(args, kwargs)
         self._criterion_seen = True
-        origin = self._origin(outputs)
-        if origin is None:
+        origins = self._origins(outputs)
+        if not origins:
             self._unrelated = True
             return
-        self._await(value, value.detach().clone(), outputs, targets, origin, None)
+        self._await(value, value.detach().clone(), outputs, targets, origins, None)
 
     def _await(
         self,
@@ -360,13 +393,15 @@ class Watch:
         value: Tensor,
         outputs: Tensor,
         targets: Tensor,
-        origin: tuple[Forward, int | None],
+        origins: list[tuple[Forward, int, GradientEdge]],
         factor: Tensor | None,
-    ) -> None:
+    ) -> RemovableHandle:
         """Make an observation once a backward pass goes through the trigger."""
-        forward, place = origin
+        forward, place, edge = origins[0]
+        joined = any(other is not forward for other, *_ in origins)
+        itself = len(origins) == 1 and edge[:2] == (outputs.grad_fn, outputs.output_nr)
         armed = forward.replay is not None
-        pull = self._pull(outputs) if armed and place is None else None
+        pull = None if itself or joined or not armed else self._pull(outputs, origins)
         kept = outputs.detach().clone() if armed else None
         reference = weakref.ref(self)
         shaped = outputs.detach()
@@ -375,8 +410,12 @@ class Watch:
             watch = reference()
             if watch is None or watch._paused:
                 return
+            backward = watch._enter_backward()
+            if joined:
+                backward.joined = True
+                return
             reading = watch.potential_of
-            watch._enter_backward(
+            backward.observations.append(
                 Observation(
                     loss=value,
                     kappa=gradient.detach().reshape(()) if factor is None else factor,
@@ -385,65 +424,75 @@ class Watch:
                     outputs=kept,
                     targets=targets,
                     forward=forward,
-                    place=place,
+                    place=place if itself else None,
                     pull=pull,
                 )
             )
 
-        trigger.register_hook(hook)
+        return trigger.register_hook(hook)
 
-    def _enter_backward(self, observation: Observation) -> None:
+    def _enter_backward(self) -> Backward:
+        """What the backward pass that is running has met so far."""
         task = torch._C._current_graph_task_id()
-        if self._in_backward is None or self._in_backward[0] != task:  # a failed one leaves its own
+        if self._in_backward is None or self._in_backward.task != task:  # a failed one leaves its
             marks = self._gradient_marks()
-            self._in_backward = (task, marks, [])
+            self._in_backward = Backward(task, marks)
             if self._observations and all(mark is None for mark in marks):
                 self.clear()  # their gradients were thrown away by model.zero_grad()
             torch.autograd.Variable._execution_engine.queue_callback(self._leave_backward)
-        self._in_backward[2].append(observation)
+        return self._in_backward
 
     def _leave_backward(self) -> None:
-        if self._in_backward is None:
+        backward, self._in_backward = self._in_backward, None
+        if backward is None:
             return
-        _, before, observations = self._in_backward
-        self._in_backward = None
         marks = self._gradient_marks()
-        if marks == before:
+        if marks == backward.marks:
             return  # torch.autograd.grad: nothing was accumulated
-        self._observations += observations
-        if any(o.forward.replay is not None for o in observations):
+        for forward, place, gradient in backward.gradients:
+            kept = forward.gradients.get(place)
+            forward.gradients[place] = gradient if kept is None else kept + gradient
+        self._joined |= backward.joined
+        self._observations += backward.observations
+        if any(o.forward.replay is not None for o in backward.observations):
             self._marks = marks
 
     # Where the criterion's input comes from.
 
-    def _origin(self, outputs: Any) -> tuple[Forward, int | None] | None:
-        """The forward that the outputs come from and their place in it, or None."""
-        if self._last is None or not isinstance(outputs, Tensor) or outputs.grad_fn is None:
-            return None
-        forward, tensors = self._last
-        for place, tensor, version, _ in tensors:
-            if outputs is tensor and outputs._version == version:
-                return forward, place
-        nodes = {edge.node for *_, edge in tensors}
-        return (forward, None) if _reaches(outputs.grad_fn, nodes) else None
+    def _origins(self, outputs: Any) -> list[tuple[Forward, int, GradientEdge]]:
+        """The outputs of forwards that the criterion's input was made from, with their places."""
+        if not isinstance(outputs, Tensor) or outputs.grad_fn is None:
+            return []
+        found = []
+        start: tuple[Any, int] = (outputs.grad_fn, outputs.output_nr)
+        seen, stack = {start}, [start]
+        while stack:
+            node, number = stack.pop()
+            origin = node.metadata.get(self._token, {}).get(number)
+            if origin is not None:
+                found.append((*origin, GradientEdge(node, number)))
+                continue
+            new = [edge for edge in node.next_functions if edge[0] and edge not in seen]
+            seen.update(new)
+            stack.extend(new)
+        return found
 
-    def _pull(self, outputs: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+    def _pull(
+        self, outputs: Tensor, origins: Sequence[tuple[Forward, int, GradientEdge]]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
         """The vector-Jacobian product of what was done between the model and the criterion."""
-        assert self._last is not None
-        _, tensors = self._last
         with torch.enable_grad(), self.paused():
             cotangent = torch.zeros_like(outputs, requires_grad=True)
             products = torch.autograd.grad(
                 outputs,
-                [edge for *_, edge in tensors],
+                [edge for *_, edge in origins],
                 cotangent,
                 create_graph=True,
                 allow_unused=True,
             )
-        places = [place for place, *_ in tensors]
         return cotangent, {
             place: product
-            for place, product in zip(places, products, strict=True)
+            for (_, place, _), product in zip(origins, products, strict=True)
             if product is not None and product.requires_grad
         }
 
@@ -471,9 +520,9 @@ class Watch:
             )
         if self._unrelated:
             return (
-                f"{criterion} was called on a tensor that does not come from the last forward of "
-                f"{model}: the model's output was not consumed; give the criterion what the model "
-                "returned, or what was computed from it"
+                f"{criterion} was called on a tensor that does not come from a training forward of "
+                f"{model} since the last step: the model's output was not consumed; give the "
+                "criterion what the model returned, or what was computed from it"
             )
         if not self._criterion_seen:
             return (
@@ -504,6 +553,11 @@ class Hook:
         return Hook, ()
 
 
+def _paused(reference: weakref.ref[Watch]) -> contextlib.AbstractContextManager[None]:
+    watch = reference()
+    return contextlib.nullcontext() if watch is None else watch.paused()
+
+
 def _remove(handles: Sequence[Any]) -> None:
     for handle in handles:
         handle.remove()
@@ -519,33 +573,18 @@ def _keeper(watch: Watch, forward: Forward, place: int) -> Any:
     """A tensor hook that adds up the gradients that reach one output of a forward."""
     reference = weakref.ref(watch)
 
-    def keep(gradient: Tensor) -> None:
+    def keep(gradient: Tensor | None) -> None:
         alive = reference()
-        if alive is not None and not alive._paused:
-            kept = forward.gradients.get(place)
-            gradient = gradient.detach()
-            forward.gradients[place] = gradient if kept is None else kept + gradient
+        # None: a node of several outputs of which this one was not used.
+        if alive is not None and not alive._paused and gradient is not None:
+            alive._enter_backward().gradients.append((forward, place, gradient.detach()))
 
     return keep
 
 
 def _criterion_arguments(args: Any, kwargs: Any) -> tuple[Any, Any]:
     """The first two arguments of a loss, whatever their names."""
-    given = [*args, *kwargs.values()]
-    if "input" in kwargs:
-        given = [kwargs["input"], kwargs["target"] if "target" in kwargs else args[0]]
+    names = ("input", "outputs"), ("target", "targets")
+    named = [next((kwargs[name] for name in pair if name in kwargs), None) for pair in names]
+    given = [*args, *named[len(args) :]]
     return given[0], given[1]
-
-
-def _reaches(start: Any, nodes: set[Any]) -> bool:
-    """Whether the graph behind a node meets one of the nodes."""
-    seen, stack = set(), [start]
-    while stack:
-        node = stack.pop()
-        if node in nodes:
-            return True
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        stack.extend(following for following, _ in node.next_functions)
-    return False

@@ -74,7 +74,6 @@ def split(
     if len(forwards) > 1:
         sizes = [forward.batch_size or 1 for forward in forwards]
         counts = (sizes[0], sum(sizes[1:]))
-        share = _weight(batch, forwards[:1], None) / batch.weight
         mask = None
         pulls = [(forwards[:1], None), (forwards[1:], None)]
     elif size is None or size < 2:
@@ -82,11 +81,10 @@ def split(
     else:
         even, mask = halves(size, device=batch.weight.device)
         counts = (size - size // 2, size // 2)
-        share = _weight(batch, forwards, even) / batch.weight
         pulls = [(forwards, even), (forwards, mask)]
 
-    first_share = share.clamp(0, 1)
-    second_share = 1 - first_share
+    # Each by itself: one less the other would be rounding where a part has no weight.
+    first_share, second_share = (_weight(batch, *pull) / batch.weight for pull in pulls)
     first = _pull(*pulls[0], parameters, batch.weight)
     if changed:
         second = _pull(*pulls[1], parameters, batch.weight)
@@ -94,8 +92,13 @@ def split(
         along = inner_products(gradients, total).sum()
         factor = along / inner_products(total, total).sum().clamp_min(_tiny(along))
         rest = torch._foreach_sub(list(gradients), [factor * t for t in total])
-        g1 = [_over(factor * f, first_share) + r for f, r in zip(first, rest, strict=True)]
-        g2 = [_over(factor * s, second_share) + r for s, r in zip(second, rest, strict=True)]
+        g1, g2 = (
+            [
+                _over(factor * p, share, factor * t) + r
+                for p, t, r in zip(part, total, rest, strict=True)
+            ]
+            for part, share in ((first, first_share), (second, second_share))
+        )
     else:
         g2 = [_over(g - f, second_share, g) for g, f in zip(gradients, first, strict=True)]
         g1 = [_over(f, first_share, g) for g, f in zip(gradients, first, strict=True)]
@@ -205,10 +208,9 @@ def _along_rows(mask: Tensor, like: Tensor) -> Tensor:
     return mask.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _over(part: Tensor, share: Tensor, otherwise: Tensor | None = None) -> Tensor:
+def _over(part: Tensor, share: Tensor, otherwise: Tensor) -> Tensor:
     """A part over its share of the weight, or the other tensor where it has none."""
-    quotient = part / torch.where(share > 0, share, 1.0)
-    return quotient if otherwise is None else torch.where(share > 0, quotient, otherwise)
+    return torch.where(share > 0, part / torch.where(share > 0, share, 1.0), otherwise)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["RandomState", "Replay"]
+__all__ = ["RandomState", "Replay", "refuse_reentrant"]
 
 RandomState = tuple[Tensor, dict[torch.device, Tensor]]  # of the CPU, and of each CUDA device
 
@@ -78,7 +78,10 @@ class Replay:
             [torch.Size([4, 3])]
         """
         # torch.compile's wrapper, if any, is taken off: forward mode cannot go through it.
-        model = getattr(self.model, "_orig_mod", self.model)
+        model: Any = self.model
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+            parameters = {name.removeprefix("_orig_mod."): p for name, p in parameters.items()}
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         cpu, others = self.random
         devices = [device.index for device in others]
@@ -86,9 +89,9 @@ class Replay:
             torch.set_rng_state(cpu)
             for device, state in others.items():
                 torch.cuda.set_rng_state(state, device)
-            output = functional_call(
-                model, {**buffers, **parameters}, self.args, self.kwargs, strict=False
-            )
+            # Copies, as a model may write to its inputs.
+            args, kwargs = tree_map(_cloned, (self.args, self.kwargs))
+            output = functional_call(model, {**buffers, **parameters}, args, kwargs, strict=False)
         return [
             leaf if isinstance(leaf, Tensor) and leaf.is_floating_point() else None
             for leaf in tree_leaves(output)
@@ -104,7 +107,7 @@ class Replay:
             parameters: by name, the model's own parameters to differentiate by.
 
         Returns:
-            a tensor in the shape of each parameter, in their order; zero where unused.
+            a tensor in the shape of each parameter, in their order; zero where unused or frozen.
 
         Example:
             >>> model = nn.Linear(2, 1)
@@ -116,16 +119,50 @@ class Replay:
         with torch.enable_grad():
             leaves = self.run(parameters)
             outputs: Sequence[Tensor] = [_present(leaves[place]) for place in cotangents]
+            wanted = {name: p for name, p in parameters.items() if p.requires_grad}
             products = torch.autograd.grad(
                 outputs,
-                list(parameters.values()),
+                list(wanted.values()),
                 [c.to(o.dtype) for c, o in zip(cotangents.values(), outputs, strict=True)],
                 allow_unused=True,
             )
+        found = dict(zip(wanted, products, strict=True))
         return [
-            torch.zeros_like(parameter) if product is None else product.detach()
-            for parameter, product in zip(parameters.values(), products, strict=True)
+            torch.zeros_like(parameter)
+            if (product := found.get(name)) is None
+            else product.detach()
+            for name, parameter in parameters.items()
         ]
+
+
+def refuse_reentrant(outputs: Iterable[Tensor]) -> None:
+    """Refuse outputs of reentrant checkpointing, which hides parameters from all but `backward`.
+
+    Args:
+        outputs: with their graph.
+
+    Raises:
+        RuntimeError: if there is such a checkpoint behind them; it says what to do.
+
+    Example:
+        >>> refuse_reentrant([nn.Linear(2, 1)(torch.ones(4, 2))])
+    """
+    seen, stack = set(), [output.grad_fn for output in outputs]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            raise RuntimeError(
+                "the model uses activation checkpointing with use_reentrant=True, through which "
+                "nothing can be measured; pass use_reentrant=False to torch.utils.checkpoint"
+            )
+        seen.add(node)
+        stack.extend(following for following, _ in node.next_functions)
+
+
+def _cloned(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _present(leaf: Tensor | None) -> Tensor:
