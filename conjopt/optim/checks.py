@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from conjopt.optim.directions import Direction, Momentum, Spectral
+from conjopt.optim.statistics import SAVED
 from conjopt.optim.step_size import Constant, Edge, RayleighEdge, StepRule
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "group",
     "modules",
     "number",
+    "some",
     "step_rule",
 ]
 
@@ -87,7 +89,7 @@ def data_floor(given: float | str) -> float | None:
         if given != "auto":
             raise ValueError(f"ConjSGD: data_floor={given!r}, expected 'auto' or a number")
         return None
-    if not math.isfinite(given):
+    if given is None or not math.isfinite(given):
         raise ValueError(f"ConjSGD: data_floor={given}, expected 'auto' or a finite number")
     return float(given)
 
@@ -98,7 +100,7 @@ def number(
     """Refuse what is no finite number in a range."""
     try:
         real = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):  # the last from a tensor of several numbers
         real = math.nan
     if not math.isfinite(real) or real < least or real > most or (open_end and real == most):
         end = "" if math.isinf(most) else f" and {'<' if open_end else '<='} {most:g}"
@@ -139,12 +141,17 @@ def given_parameters(params: Any) -> list[Any]:
             "or of dicts: pass model.parameters()"
         )
     listed = list(params)
-    if not listed:
+    some(listed)
+    return listed
+
+
+def some(parameters: Sequence[Any]) -> None:
+    """Refuse an empty list, also if it came from groups that are all empty."""
+    if not parameters:
         raise ValueError(
             "ConjSGD: got an empty parameter list (a generator that was used up, or a model "
             "without parameters?); pass model.parameters()"
         )
-    return listed
 
 
 def belong(params: Iterable[Tensor], names: Mapping[int, str], model: nn.Module) -> None:
@@ -189,6 +196,10 @@ def controller(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
             f"version 1, got keys {sorted(state_dict)}; load a state that ConjSGD.state_dict() made"
         )
     missing = {"calls", "trust_only", "statistics"} - set(found)
+    missing |= SAVED - set(found.get("statistics", SAVED))
     if missing:
-        raise ValueError(f"ConjSGD.load_state_dict: the controller lacks {sorted(missing)}")
+        raise ValueError(
+            f"ConjSGD.load_state_dict: the controller lacks {sorted(missing)}; load a state that "
+            "ConjSGD.state_dict() made"
+        )
     return found

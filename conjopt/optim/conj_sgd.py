@@ -129,7 +129,7 @@ class ConjSGD(Optimizer):
         self._names = names
         parameters = checks.given_parameters(params)
         self._watch = Watch(self._model, criterion, dict(self._model.named_parameters()))
-        self._watch.armed = True
+        self._watch.armed = self._rule.measures
         potential = self._watch.potential_of.potential
         if weight_decay is None:
             runs_off = isinstance(potential, Softmax | Logistic)
@@ -152,6 +152,7 @@ class ConjSGD(Optimizer):
         checks.group(defaults, self._rule)
         super().__init__(parameters, defaults)
         every = [p for group in self.param_groups for p in group["params"]]
+        checks.some(every)
         wide = any(p.dtype == torch.float64 for p in every)
         dtype = torch.float64 if wide else torch.float32
         self._statistics = Statistics(decay, every[0].device, dtype)
@@ -215,7 +216,12 @@ class ConjSGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        moving = [(p, g) for g in self.param_groups for p in g["params"] if p.grad is not None]
+        moving = [
+            (p, group)
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None and p.numel()
+        ]
         if not moving:
             return result
         checks.dense(p for p, _ in moving)
@@ -252,12 +258,14 @@ class ConjSGD(Optimizer):
         # Decide.
         if batch is not None:
             statistics.see_loss(loss, gate)
-            self._lower_floor(gate)
         if found is not None:
+            if self._trust_only and not found.trust_only:
+                statistics.restart(gate)
             self._trust_only = found.trust_only
             statistics.see(found.measurement, gate)
             self._rule.after_measuring(statistics, self._trust_only, gate)
             found.keep(states, gate)
+        self._lower_floor(gate)
         sizes = self._step_sizes(gate)
 
         # Step.
@@ -456,6 +464,7 @@ class ConjSGD(Optimizer):
         now = (statistics.below >= FLOOR_PATIENCE) & (statistics.lowered == 0)
         statistics.lowered = torch.where(now, 1.0, statistics.lowered)
         statistics.loss = torch.where(now, torch.nan, statistics.loss)  # starts anew
+        statistics.cap = torch.where(now, torch.inf, statistics.cap)
         if statistics.lowered.device.type == "cpu":
             self._say_what_happened()
 
@@ -522,14 +531,17 @@ class ConjSGD(Optimizer):
             if group["weight_decay"] != 0 and not group["coupled_weight_decay"]:
                 taken = size * group["weight_decay"]
                 if isinstance(taken, Tensor):
-                    taken = choose(gate, taken.clamp(max=self._max_decay), 0.0)
+                    parameter.mul_(1 - choose(gate, taken.clamp(max=self._max_decay), 0.0))
+                elif gate is None:
+                    parameter.mul_(1 - min(taken, self._max_decay))
                 else:
-                    taken = min(taken, self._max_decay)
-                parameter.mul_(1 - taken)
+                    shrunk = parameter * (1 - min(taken, self._max_decay))
+                    parameter.copy_(choose(gate, shrunk, parameter))
             weight = self.state[parameter].get("shrinkage")
             if isinstance(size, Tensor):
                 by = size if weight is None else size * weight
-                parameter.addcmul_(direction, by.to(parameter.dtype), value=-1)
+                moved = choose(gate, direction, 0.0)
+                parameter.addcmul_(moved, by.to(parameter.dtype), value=-1)
             else:
                 parameter.add_(choose(gate, direction, 0.0), alpha=-size)
 

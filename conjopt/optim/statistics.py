@@ -25,6 +25,7 @@ SCALARS = (
     "below",
     "lowered",
 )
+SAVED = {*SCALARS, "measured"}  # the keys of a state
 
 
 @dataclasses.dataclass(eq=False)
@@ -128,6 +129,16 @@ class Statistics:
         envelope = torch.where(first, found.change, envelope)
         self.change = choose(gate, envelope, self.change)
         self.measured += 1
+
+    def restart(self, gate: Gate) -> None:
+        """Forget the measurements, of which there were none of slopes and curvature.
+
+        Args:
+            gate: () whether to; None for yes.
+        """
+        for name in ("weight", *MEANS):
+            value = getattr(self, name)
+            setattr(self, name, choose(gate, torch.zeros_like(value), value))
 
     def mean(self, name: str) -> Tensor:
         """() a running mean, corrected for its start; NaN before the first measurement.

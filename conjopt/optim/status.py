@@ -85,12 +85,14 @@ class Status:
         signal, noise = (float(statistics.mean(name)) for name in ("mean_square", "noise"))
         has_halves = measured and not trust_only and noise != 0
         step_size = float(group["step_size"])
-        if not measures:
-            limited_by = "lr"
-        elif not measured:
+        most = group["max_step"]
+        capped = most is not None and step_size >= most * (1 - 1e-6)  # it was rounded, perhaps
+        if measures and not measured:
             limited_by = "nothing measured"
-        elif group["max_step"] is not None and step_size >= group["max_step"]:
+        elif capped:
             limited_by = "max_step"
+        elif not measures:
+            limited_by = "lr"
         else:
             limited_by = min(read, key=read.__getitem__)
         if not measures:
