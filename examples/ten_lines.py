@@ -1,4 +1,4 @@
-"""The whole of it: an ordinary loop, no learning rate. Digits from scikit-learn, a minute at most."""
+"""The whole of it: an ordinary loop without a learning rate, on digits from scikit-learn."""
 
 import torch
 from sklearn.datasets import load_digits

@@ -411,7 +411,9 @@ def test_a_resumed_run_equals_the_unbroken_one(kind):
     model, optimizer, _ = parts
     for step, save in enumerate(saves):
         again = start()
+        again[0].eval()
         train(again[0], again[1], 2, 50)  # what is there before is forgotten
+        again[0].train()
         for part, state in zip(again, torch.load(io.BytesIO(save), weights_only=True)):
             part.load_state_dict(state)
         run(*again, step, steps)
@@ -721,13 +723,15 @@ def test_no_hooks_are_left_behind():
     model, criterion = network(), nn.CrossEntropyLoss()
     optimizer = make(model, criterion, average=0.1)
     train(model, optimizer, 2)
-    backward(model, optimizer, 2)  # it holds a graph and a forward
+    backward(model, optimizer, 2)
+    loss = criterion(model(data()[0]), data()[1])  # holds a graph, not the optimizer
     assert len(hooks_of(model)) == 2
     assert len(hooks_of(criterion)) == 1
     del optimizer
     gc.collect()
     assert hooks_of(model) == hooks_of(criterion) == []
     assert not any(hooks_of(module) for module in model.modules())
+    loss.backward()
 
 
 @pytest.mark.parametrize("rule", ["spectral", "sgd"])
