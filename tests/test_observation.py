@@ -855,3 +855,15 @@ def test_a_watch_dies_with_its_last_reference():
     loss.backward()
     assert not model._forward_hooks
     assert not criterion._forward_hooks
+
+
+def test_a_view_edited_in_place_is_refused_with_the_remedy():
+    # torch then takes the model's output out of the graph of what it has become.
+    model = nn.Sequential(nn.Linear(3, 4), nn.Unflatten(1, (2, 2)))
+    criterion = nn.CrossEntropyLoss()
+    watch = Watch(model, criterion, dict(model.named_parameters()))
+    outputs = model(torch.randn(5, 3))
+    outputs.mul_(2)
+    criterion(outputs, torch.zeros(5, 2).long()).backward()
+    with pytest.raises(RuntimeError, match="edit a copy"):
+        watch.batch()

@@ -522,7 +522,8 @@ class Watch:
             return (
                 f"{criterion} was called on a tensor that does not come from a training forward of "
                 f"{model} since the last step: the model's output was not consumed; give the "
-                "criterion what the model returned, or what was computed from it"
+                "criterion what the model returned, or what was computed from it (if that is a "
+                "view and was edited in place, edit a copy)"
             )
         if not self._criterion_seen:
             return (

@@ -307,7 +307,7 @@ class ConjSGD(Optimizer):
             scale: the factor of the criterion's value in what is differentiated.
 
         Raises:
-            RuntimeError: if the outputs do not come from the last training forward.
+            RuntimeError: if the outputs do not come from a training forward since the last step.
 
         Example:
             >>> model = nn.Linear(2, 1)
