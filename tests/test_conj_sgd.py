@@ -1073,3 +1073,31 @@ def test_foreach_changes_nothing(foreach):
     train(model, make(model, foreach=foreach), 5)
     train(twin, make(twin, foreach=False), 5)
     assert equal(parameters(model), parameters(twin))
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_thrown_away_by_the_model_do_not_count(set_to_none):
+    torch.manual_seed(0)
+    model, criterion = nn.Linear(3, 2), nn.CrossEntropyLoss()
+    twin = copy.deepcopy(model)
+    optimizer = ConjSGD(model.parameters(), model=model, loss=criterion)
+    plain = ConjSGD(twin.parameters(), model=twin, loss=criterion)
+    x, y = torch.randn(6, 3), torch.arange(6) % 2
+    for _ in range(3):
+        criterion(model(x + 1), y).backward()
+        model.zero_grad(set_to_none=set_to_none)
+        criterion(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        criterion(twin(x), y).backward()
+        plain.step()
+        plain.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickle.dumps])
+def test_copies_are_refused_with_the_remedy(duplicate):
+    model = nn.Linear(2, 1)
+    optimizer = ConjSGD(model.parameters(), model=model, loss=nn.MSELoss())
+    with pytest.raises(TypeError, match="state_dict"):
+        duplicate(optimizer)

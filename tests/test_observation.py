@@ -761,7 +761,6 @@ def test_what_an_unarmed_watch_sees_is_the_same_but_for_the_halves():
         observation = one_observation(watch)
         assert (observation.outputs is not None) == armed
         assert (observation.forward.replay is not None) == armed
-        assert (batch.marks is not None) == armed
 
 
 # Memory: nothing that was differentiated, or never will be, is kept.

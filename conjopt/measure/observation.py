@@ -100,12 +100,12 @@ class Batch:
     Attributes:
         observations: in the order of their backward passes.
         potential_of: the reading of the criterion.
-        marks: the state of every gradient when the last backward pass ended; None unless armed.
+        marks: the state of every gradient when the last backward pass ended.
     """
 
     observations: list[Observation]
     potential_of: PotentialOf
-    marks: Marks | None
+    marks: Marks
 
     @property
     def weight(self) -> Tensor:
@@ -188,7 +188,7 @@ class Watch:
         self.armed = False
         self._paused = False
         self._observations: list[Observation] = []
-        self._marks: Marks | None = None
+        self._marks: Marks = []
         self._token = object()  # marks the nodes of the graph that made the model's outputs
         self._kept: tuple[Any, Any, Any] | None = None
         self._in_backward: Backward | None = None
@@ -278,7 +278,7 @@ class Watch:
             RuntimeError: the gradients do not come from the criterion: no backward pass went ...
         """
         self._observations.clear()
-        self._marks = None
+        self._marks = []
         self._joined = False
 
     def release(self) -> None:
@@ -317,7 +317,7 @@ class Watch:
         """Whether any gradient was written to since the marks were taken (clipping, unscaling).
 
         Args:
-            marks: of a `Batch` that was observed while armed.
+            marks: of a `Batch`.
 
         Example:
             >>> model, criterion = nn.Linear(2, 1), nn.MSELoss()
@@ -437,7 +437,7 @@ class Watch:
         if self._in_backward is None or self._in_backward.task != task:  # a failed one leaves its
             marks = self._gradient_marks()
             self._in_backward = Backward(task, marks)
-            if self._observations and all(mark is None for mark in marks):
+            if self._observations and marks != self._marks and self._no_gradients():
                 self.clear()  # their gradients were thrown away by model.zero_grad()
             torch.autograd.Variable._execution_engine.queue_callback(self._leave_backward)
         return self._in_backward
@@ -454,8 +454,7 @@ class Watch:
             forward.gradients[place] = gradient if kept is None else kept + gradient
         self._joined |= backward.joined
         self._observations += backward.observations
-        if any(o.forward.replay is not None for o in backward.observations):
-            self._marks = marks
+        self._marks = marks
 
     # Where the criterion's input comes from.
 
@@ -504,6 +503,11 @@ class Watch:
             # Checkpointing calls the model again inside the backward pass.
             and torch._C._current_graph_task_id() == -1
         )
+
+    def _no_gradients(self) -> bool:
+        """Whether all gradients are missing or zero; waits for a device if there are any."""
+        gradients = (parameter.grad for parameter in self.parameters.values())
+        return not any(bool(g.any()) for g in gradients if g is not None)
 
     def _gradient_marks(self) -> Marks:
         gradients = [parameter.grad for parameter in self.parameters.values()]

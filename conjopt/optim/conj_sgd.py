@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,9 +13,10 @@ from torch.optim import Optimizer
 
 from conjopt.measure.curvature import JacobianProduct
 from conjopt.measure.observation import Batch, Watch
-from conjopt.measure.parts import split
 from conjopt.optim import checks, measuring
+from conjopt.optim.blocks import Blocks
 from conjopt.optim.directions import Direction
+from conjopt.optim.floor import DataFloor
 from conjopt.optim.gate import Gate, choose
 from conjopt.optim.statistics import Statistics
 from conjopt.optim.status import Status
@@ -25,7 +25,6 @@ from conjopt.potentials import Logistic, Softmax
 
 __all__ = ["ConjSGD"]
 
-FLOOR_PATIENCE = 10  # steps at a running loss of 0 or less before a data floor is given up
 BLOCK_STATE = ("square", "square_weight", "slopes", "shrinkage")  # of statistics' precision
 
 
@@ -117,7 +116,7 @@ class ConjSGD(Optimizer):
         self._model, criterion = checks.modules(model, loss)
         self._direction = checks.direction(direction)
         self._rule = checks.step_rule(step_rule, self._direction)
-        self._floor = checks.data_floor(data_floor)
+        self._floor = DataFloor(checks.data_floor(data_floor))
         checks.number("average", average, 0, 1, open_end=True)
         checks.number("decay", decay, 0, 1, open_end=True)
         checks.number("max_decay", max_decay, 0, 1)
@@ -216,38 +215,30 @@ class ConjSGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        moving = [
-            (p, group)
-            for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None and p.numel()
-        ]
-        if not moving:
+        blocks = Blocks.of(self.param_groups, self.state, self._names)
+        if not blocks.parameters:
             return result
-        checks.dense(p for p, _ in moving)
-        batch = self._watch.batch() if self._rule.measures else None
-        parameters = {self._names[id(p)]: p for p, _ in moving}
-        groups = [group for _, group in moving]
-        states: list[Any] = [self.state[p] for p, _ in moving]
+        checks.dense(blocks.parameters)
 
-        # Watch: gradients and loss in per-sample Fenchel-Young units.
+        # Watch: loss and gradients in per-sample Fenchel-Young units.
         statistics = self._statistics
-        gradients, size = self._gradients(moving, batch)
-        seen = size
+        batch = self._watch.batch() if self._rule.measures else None
+        seen = blocks.size(self._foreach).to(statistics.loss)
+        blocks.scale(None if batch is None else batch.weight, self._foreach)
         if batch is not None:
-            loss = self._excess(batch).to(statistics.loss)
-            seen = size + loss
+            loss = self._floor.excess(batch, statistics)
+            seen = seen + loss
         finite = torch.isfinite(seen)
         if self._given_up(finite):
             return result
         gate = self._gate(finite)
-        gradients = [choose(gate, g, 0.0) for g in gradients]
+        blocks.gradients = [choose(gate, g, 0.0) for g in blocks.gradients]
 
         # Measure: the direction, and on measuring steps what it promises.
-        ratios = self._ratios(groups)
-        found = self._measure(batch, parameters, gradients, states, groups, ratios)
+        found = self._measure(batch, blocks)
         if found is None:
-            u, pending = self._direction.propose(gradients, gradients, states, groups)
+            gradients = blocks.gradients
+            u, pending = self._direction.propose(gradients, gradients, blocks.states, blocks.groups)
         else:
             u, pending = found.directions, found.pending
             finite = finite & found.finite
@@ -264,16 +255,18 @@ class ConjSGD(Optimizer):
             self._trust_only = found.trust_only
             statistics.see(found.measurement, gate)
             self._rule.after_measuring(statistics, self._trust_only, gate)
-            found.keep(states, gate)
-        self._lower_floor(gate)
-        sizes = self._step_sizes(gate)
+            found.keep(blocks.states, gate)
+        self._floor.give_up(statistics, gate)
+        self._set_step_sizes(gate)
 
         # Step.
-        self._direction.commit(gradients, states, groups, pending, gate)
-        self._move(moving, u, sizes, gate)
-        statistics.steps = choose(gate, statistics.steps + 1, statistics.steps)
-        statistics.skipped = choose(gate, statistics.skipped, statistics.skipped + 1)
-        self._take_average(moving, gate)
+        self._direction.commit(blocks.gradients, blocks.states, blocks.groups, pending, gate)
+        blocks.move(u, self._max_decay, gate)
+        statistics.count(gate)
+        if self._average:
+            blocks.average(choose(gate, 1 / (self._average * statistics.steps + 1), 0.0))
+        if gate is None and self._floor.value is not None:
+            self._say_what_happened()
         self._calls += 1
         self._watch.release()
         self._watch.armed = self._due()
@@ -430,130 +423,39 @@ class ConjSGD(Optimizer):
         self._watch.release()
         self._watch.armed = self._due()
 
-    # The parts of a step.
-
-    def _gradients(
-        self, moving: list[tuple[Tensor, dict[str, Any]]], batch: Batch | None
-    ) -> tuple[list[Tensor], Tensor]:
-        """``g`` in Fenchel-Young units, and a number that is finite if all of it is."""
-        raw: list[Any] = [p.grad for p, _ in moving]
-        size = torch.nn.utils.get_total_norm(raw, math.inf, foreach=self._foreach)
-        if batch is not None:
-            raw = _divide(raw, batch.weight, self._foreach)
-        for i, (parameter, group) in enumerate(moving):
-            if group["maximize"]:
-                raw[i] = -raw[i]
-            if group["coupled_weight_decay"] and group["weight_decay"] != 0:
-                raw[i] = raw[i].add(parameter, alpha=group["weight_decay"])
-        return raw, size.to(self._statistics.loss)
-
-    def _excess(self, batch: Batch) -> Tensor:
-        """() loss of the batch over the floor, or the targets' entropy if that proved wrong."""
-        free = batch.loss(None)
-        if self._floor is None:
-            return free
-        return torch.where(self._statistics.lowered > 0, free, batch.loss(self._floor))
-
-    def _lower_floor(self, gate: Gate) -> None:
-        """Give up a data floor that the losses stay below: it would freeze training."""
-        if self._floor is None:
-            return
-        statistics = self._statistics
-        below = torch.where(statistics.loss <= 0, statistics.below + 1, 0.0)
-        statistics.below = choose(gate, below, statistics.below)
-        now = (statistics.below >= FLOOR_PATIENCE) & (statistics.lowered == 0)
-        statistics.lowered = torch.where(now, 1.0, statistics.lowered)
-        statistics.loss = torch.where(now, torch.nan, statistics.loss)  # starts anew
-        statistics.cap = torch.where(now, torch.inf, statistics.cap)
-        if statistics.lowered.device.type == "cpu":
-            self._say_what_happened()
-
-    def _measure(
-        self,
-        batch: Batch | None,
-        parameters: Mapping[str, Tensor],
-        gradients: list[Tensor],
-        states: list[Any],
-        groups: list[dict[str, Any]],
-        ratios: list[float],
-    ) -> measuring.Found | None:
-        if batch is None or not self._due() or any(f.replay is None for f in batch.forwards):
-            return None
-        direction, product = self._direction, self._product
-        if not direction.held_out:
-            return measuring.along_gradient(
-                batch, parameters, gradients, direction, states, groups, ratios, product
-            )
-        parts = None
-        if not measuring.couples_samples(self._model):
-            assert batch.marks is not None
-            changed = self._watch.changed_since_backward(batch.marks)
-            parts = split(batch, parameters, gradients, changed=changed)
-            if parts is None and self._statistics.measured and not self._trust_only:
-                return None  # a single sample, the last of an epoch say
-        if parts is None:
-            weights = self._weights(states, ratios)
-            return measuring.change_only(
-                batch, parameters, gradients, direction, states, groups, weights
-            )
-        decay = self._statistics.decay
-        return measuring.held_out(
-            batch, parts, parameters, gradients, direction, states, groups, ratios, product, decay
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse to be copied or pickled: hooks tie the optimizer to its model."""
+        raise TypeError(
+            "a ConjSGD is tied to the model that it watches and cannot be copied or pickled; make "
+            "another one for the other model, and give it this one's state_dict()"
         )
 
-    def _step_sizes(self, gate: Gate) -> list[Any]:
-        """The step of each group: a tensor, or the number that ``lr`` is under a constant rule."""
+    # The parts of a step.
+
+    def _measure(self, batch: Batch | None, blocks: Blocks) -> measuring.Found | None:
+        """What a measuring step finds, None on an ordinary one."""
+        if batch is None or not self._due() or any(f.replay is None for f in batch.forwards):
+            return None
+        return measuring.measure(
+            self._watch,
+            batch,
+            blocks,
+            self._direction,
+            self._product,
+            self._statistics,
+            self._trust_only,
+        )
+
+    def _set_step_sizes(self, gate: Gate) -> None:
+        """``a lr`` of each group: a tensor, or the number that ``lr`` is under a constant rule."""
         least = None
         if self._rule.measures:
             least = self._rule.step_size(self._statistics, self._beta, self._trust_only)
-        sizes = []
         for group in self.param_groups:
             size = group["lr"] if least is None else least * group["lr"]
-            if group["max_step"] is not None:
-                cap = group["max_step"]
+            if (cap := group["max_step"]) is not None:
                 size = size.clamp(max=cap) if isinstance(size, Tensor) else min(size, cap)
-            if least is not None:
-                size = choose(gate, size, 0.0)
-            group["step_size"] = size
-            sizes.append(size)
-        return sizes
-
-    def _move(
-        self,
-        moving: list[tuple[Tensor, dict[str, Any]]],
-        u: list[Tensor],
-        sizes: list[Any],
-        gate: Gate,
-    ) -> None:
-        by_group = {id(group): size for group, size in zip(self.param_groups, sizes, strict=True)}
-        for (parameter, group), direction in zip(moving, u, strict=True):
-            size = by_group[id(group)]
-            if group["weight_decay"] != 0 and not group["coupled_weight_decay"]:
-                taken = size * group["weight_decay"]
-                if isinstance(taken, Tensor):
-                    parameter.mul_(1 - choose(gate, taken.clamp(max=self._max_decay), 0.0))
-                elif gate is None:
-                    parameter.mul_(1 - min(taken, self._max_decay))
-                else:
-                    shrunk = parameter * (1 - min(taken, self._max_decay))
-                    parameter.copy_(choose(gate, shrunk, parameter))
-            weight = self.state[parameter].get("shrinkage")
-            if isinstance(size, Tensor):
-                by = size if weight is None else size * weight
-                moved = choose(gate, direction, 0.0)
-                parameter.addcmul_(moved, by.to(parameter.dtype), value=-1)
-            else:
-                parameter.add_(choose(gate, direction, 0.0), alpha=-size)
-
-    def _take_average(self, moving: list[tuple[Tensor, dict[str, Any]]], gate: Gate) -> None:
-        if not self._average:
-            return
-        share = choose(gate, 1 / (self._average * self._statistics.steps + 1), 0.0)
-        for parameter, _ in moving:
-            state = self.state[parameter]
-            if "average" not in state:
-                state["average"] = parameter.detach().clone()
-            state["average"].lerp_(parameter, share.to(parameter.dtype))
+            group["step_size"] = size if least is None else choose(gate, size, 0.0)
 
     # What the step needs to know.
 
@@ -561,15 +463,6 @@ class ConjSGD(Optimizer):
         """Whether the next step measures."""
         number = self._calls + 1
         return self._rule.measures and (number <= self._warmup or number % self._every == 0)
-
-    def _ratios(self, groups: list[dict[str, Any]]) -> list[float]:
-        """Each block's ``lr`` over the greatest: part of the direction that is measured."""
-        rates = [float(group["lr"]) for group in groups]
-        most = max(rates)
-        return [rate / most if most > 0 else 1.0 for rate in rates]
-
-    def _weights(self, states: list[Any], ratios: Iterable[float]) -> list[Any]:
-        return [state.get("shrinkage", 1.0) * r for state, r in zip(states, ratios, strict=True)]
 
     def _given_up(self, finite: Tensor) -> bool:
         """On a CPU, whether the step is to be given up; a device is not asked."""
@@ -585,7 +478,7 @@ class ConjSGD(Optimizer):
         return None if finite.device.type == "cpu" else finite
 
     def _say_what_happened(self) -> None:
-        """Warn once of skipped steps and of a floor that was given up; reads from the device."""
+        """Warn once of skipped steps and of a floor that was given up; waits for a device."""
         statistics = self._statistics
         if "skipped" not in self._warned and bool(statistics.skipped > 0):
             self._warned.add("skipped")
@@ -599,15 +492,9 @@ class ConjSGD(Optimizer):
         if "floor" not in self._warned and bool(statistics.lowered > 0):
             self._warned.add("floor")
             warnings.warn(
-                f"ConjSGD: losses stay below data_floor={self._floor}, so it is no floor of the "
-                "training loss; going on without it. Give the floor in the criterion's units, or "
-                'leave data_floor="auto".',
+                f"ConjSGD: losses stay below data_floor={self._floor.value}, so it is no floor of "
+                "the training loss; going on without it. Give the floor in the criterion's units, "
+                'or leave data_floor="auto".',
                 RuntimeWarning,
                 stacklevel=4,
             )
-
-
-def _divide(tensors: list[Tensor], by: Tensor, foreach: bool | None) -> list[Tensor]:
-    if foreach or (foreach is None and tensors[0].is_cuda):
-        return list(torch._foreach_div(tensors, by))
-    return [(tensor / by).to(tensor.dtype) for tensor in tensors]

@@ -7,7 +7,7 @@ curvature along the gradient of the whole batch, or the change of the outputs al
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from conjopt.measure.curvature import JacobianProduct, relative_step
 from conjopt.measure.noise import noise_from_halves
-from conjopt.measure.observation import Batch, Forward
-from conjopt.measure.parts import Parts, inner_products, respond
+from conjopt.measure.observation import Batch, Forward, Watch
+from conjopt.measure.parts import Parts, inner_products, respond, split
+from conjopt.optim.blocks import Blocks
 from conjopt.optim.directions import Direction, Pending, is_matrix
 from conjopt.optim.gate import Gate, choose
-from conjopt.optim.statistics import Measurement
+from conjopt.optim.statistics import Measurement, Statistics
 
-__all__ = ["Found", "along_gradient", "change_only", "couples_samples", "held_out"]
+__all__ = ["Found", "along_gradient", "change_only", "couples_samples", "held_out", "measure"]
 
 RHO_BLOCK_MIN = 0.02  # least share of a block's raw slope that its shrinkage leaves
 
@@ -70,15 +71,47 @@ class Found:
             state["shrinkage"] = choose(gate, weight, state.get("shrinkage", 1.0))
 
 
+def measure(
+    watch: Watch,
+    batch: Batch,
+    blocks: Blocks,
+    direction: Direction,
+    product: JacobianProduct,
+    statistics: Statistics,
+    trust_only: bool,
+) -> Found | None:
+    """Measure in the way that direction, model and batch allow.
+
+    Args:
+        watch: of the loop.
+        batch: observed while the watch was armed.
+        blocks: what is moved, with ``g`` of the whole batch.
+        direction: makes ``u``.
+        product: ``J u``.
+        statistics: so far.
+        trust_only: whether they lack slopes and curvature.
+
+    Returns:
+        None for a single sample, the last of an epoch say, after better batches.
+    """
+    if not direction.held_out:
+        return along_gradient(batch, blocks, direction, product)
+    if couples_samples(watch.model):
+        return change_only(batch, blocks, direction)
+    changed = watch.changed_since_backward(batch.marks)
+    parts = split(batch, blocks.by_name, blocks.gradients, changed=changed)
+    if parts is not None:
+        return held_out(batch, parts, blocks, direction, product, statistics.decay)
+    if statistics.measured and not trust_only:
+        return None
+    return change_only(batch, blocks, direction)
+
+
 def held_out(
     batch: Batch,
     parts: Parts,
-    parameters: Mapping[str, Tensor],
-    gradients: Sequence[Tensor],
+    blocks: Blocks,
     direction: Direction,
-    states: Sequence[Any],
-    groups: Sequence[dict[str, Any]],
-    ratios: Sequence[float],
     product: JacobianProduct,
     decay: float,
 ) -> Found:
@@ -87,29 +120,23 @@ def held_out(
     Args:
         batch: observed while the watch was armed.
         parts: its two halves.
-        parameters: by name, those that are moved.
-        gradients: ``g`` of the whole batch, in their order.
+        blocks: what is moved.
         direction: makes ``u``.
-        states: of the parameters.
-        groups: of the parameters.
-        ratios: each block's ``lr`` over the greatest.
         product: ``J u``.
         decay: of the blocks' running slopes.
     """
-    u, pending = direction.propose(parts.second, gradients, states, groups)
-    raw, held = inner_products(gradients, u), inner_products(parts.first, u)
+    u, pending = direction.propose(parts.second, blocks.gradients, blocks.states, blocks.groups)
+    raw, held = inner_products(blocks.gradients, u), inner_products(parts.first, u)
     now = torch.stack([raw, held], 1)
-    before = torch.stack([state.get("slopes", now[i] * 0) for i, state in enumerate(states)])
+    before = torch.stack([state.get("slopes", now[i] * 0) for i, state in enumerate(blocks.states)])
     slopes = before.lerp(now, 1 - decay)  # both start at zero, which cancels in their ratio
     rho = slopes[:, 1] / slopes[:, 0].clamp_min(torch.finfo(slopes.dtype).tiny)
     rho = rho.clamp(RHO_BLOCK_MIN, 1)
     matrix = torch.tensor([is_matrix(t) for t in u], device=rho.device)
     shrinkage = torch.where(matrix, rho.sqrt(), rho)
-    weights = shrinkage * torch.tensor(ratios, dtype=rho.dtype, device=rho.device)
-    along = {
-        name: tensor * weight for name, tensor, weight in zip(parameters, u, weights, strict=True)
-    }
-    changes = _changes(product, parts.forward, parameters, along)
+    weights = shrinkage * torch.tensor(blocks.ratios, dtype=rho.dtype, device=rho.device)
+    along = [tensor * weight for tensor, weight in zip(u, weights, strict=True)]
+    changes = _changes(product, parts.forward, blocks, along)
     response = respond(batch, parts.forward, changes, parts.mask)
     apart = torch._foreach_sub(parts.first, parts.second)
     noise = noise_from_halves(
@@ -129,31 +156,21 @@ def held_out(
 
 
 def along_gradient(
-    batch: Batch,
-    parameters: Mapping[str, Tensor],
-    gradients: Sequence[Tensor],
-    direction: Direction,
-    states: Sequence[Any],
-    groups: Sequence[dict[str, Any]],
-    ratios: Sequence[float],
-    product: JacobianProduct,
+    batch: Batch, blocks: Blocks, direction: Direction, product: JacobianProduct
 ) -> Found:
     """The curvature along the gradient of the whole batch.
 
     Args:
         batch: observed while the watch was armed.
-        parameters: by name, those that are moved.
-        gradients: ``g`` of the whole batch, in their order.
+        blocks: what is moved.
         direction: makes ``u``.
-        states: of the parameters.
-        groups: of the parameters.
-        ratios: each block's ``lr`` over the greatest.
         product: ``J g``.
     """
-    u, pending = direction.propose(gradients, gradients, states, groups)
-    along = [g if r == 1 else g * r for g, r in zip(gradients, ratios, strict=True)]
+    gradients = blocks.gradients
+    u, pending = direction.propose(gradients, gradients, blocks.states, blocks.groups)
+    along = [g if r == 1 else g * r for g, r in zip(gradients, blocks.ratios, strict=True)]
     forward = batch.forwards[-1]
-    changes = _changes(product, forward, parameters, dict(zip(parameters, along, strict=True)))
+    changes = _changes(product, forward, blocks, along)
     response = respond(batch, forward, changes, None)
     squared = inner_products(gradients, along).sum()
     info = torch.finfo(squared.dtype)
@@ -167,38 +184,27 @@ def along_gradient(
     return Found(u, pending, measurement)
 
 
-def change_only(
-    batch: Batch,
-    parameters: Mapping[str, Tensor],
-    gradients: Sequence[Tensor],
-    direction: Direction,
-    states: Sequence[Any],
-    groups: Sequence[dict[str, Any]],
-    weights: Sequence[Tensor | float],
-) -> Found:
+def change_only(batch: Batch, blocks: Blocks, direction: Direction) -> Found:
     """The change of the outputs along the direction, by a difference of two forwards.
 
     For models whose samples are coupled (batch norm in train mode) and single samples.
 
     Args:
         batch: observed while the watch was armed.
-        parameters: by name, those that are moved.
-        gradients: ``g`` of the whole batch, in their order.
+        blocks: what is moved.
         direction: makes ``u``.
-        states: of the parameters.
-        groups: of the parameters.
-        weights: of the blocks.
     """
-    u, pending = direction.propose(gradients, gradients, states, groups)
-    along = [t * w for t, w in zip(u, weights, strict=True)]
+    gradients = blocks.gradients
+    u, pending = direction.propose(gradients, gradients, blocks.states, blocks.groups)
+    along = [t * w for t, w in zip(u, blocks.weights, strict=True)]
     forward = batch.forwards[-1]
     assert forward.replay is not None
-    at = [parameter.detach() for parameter in parameters.values()]
+    at = [parameter.detach() for parameter in blocks.parameters]
     step = relative_step(at, along, power=1 / 2)
     with torch.no_grad():
         here = forward.replay.run({})
         there = forward.replay.run(
-            {n: p - step * t for n, p, t in zip(parameters, at, along, strict=True)}
+            {n: p - step * t for n, p, t in zip(blocks.names, at, along, strict=True)}
         )
     unit = torch.where(step > 0, step, 1.0)
     changes = {
@@ -231,13 +237,11 @@ def couples_samples(model: nn.Module) -> bool:
 
 
 def _changes(
-    product: JacobianProduct,
-    forward: Forward,
-    parameters: Mapping[str, Tensor],
-    along: Mapping[str, Tensor],
+    product: JacobianProduct, forward: Forward, blocks: Blocks, along: Sequence[Tensor]
 ) -> dict[int, Tensor]:
     assert forward.replay is not None
-    _, changes = product(forward.replay.run, parameters, along)
+    direction = dict(zip(blocks.names, along, strict=True))
+    _, changes = product(forward.replay.run, blocks.by_name, direction)
     return {
         place: change
         for place, change in enumerate(changes)

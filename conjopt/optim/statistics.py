@@ -130,6 +130,16 @@ class Statistics:
         self.change = choose(gate, envelope, self.change)
         self.measured += 1
 
+    def count(self, gate: Gate) -> None:
+        """Count a step as taken or skipped.
+
+        Args:
+            gate: () which of the two; None for taken.
+        """
+        self.steps = choose(gate, self.steps + 1, self.steps)
+        if gate is not None:
+            self.skipped = torch.where(gate, self.skipped, self.skipped + 1)
+
     def restart(self, gate: Gate) -> None:
         """Forget the measurements, of which there were none of slopes and curvature.
 

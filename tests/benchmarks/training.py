@@ -164,7 +164,8 @@ def main() -> None:
         for name, rate in methods:
             runs = [train(problem, name, rate, seed) for seed in range(arguments.seeds)]
             mean = {key: float(np.mean([run[key] for run in runs])) for key in runs[0]}
-            rows.append({"problem": problem.name, "optimizer": name, "rate": rate, **mean})
+            finite = {key: value if np.isfinite(value) else None for key, value in mean.items()}
+            rows.append({"problem": problem.name, "optimizer": name, "rate": rate, **finite})
             accuracy = "" if np.isnan(mean["test_accuracy"]) else f"{mean['test_accuracy']:.1%}"
             print(
                 f"| {problem.name} | {name} | {rate or ''} | {mean['train_loss']:.4f} "

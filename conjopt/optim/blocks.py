@@ -1,0 +1,151 @@
+"""What a step moves: parameters with gradients, each a block with its own state and group."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conjopt.optim.gate import Gate, choose
+
+__all__ = ["Blocks"]
+
+
+@dataclasses.dataclass(eq=False)
+class Blocks:
+    """The parameters of one step; all lists are in the same order.
+
+    Attributes:
+        names: in the model.
+        parameters: the tensors themselves.
+        gradients: ``g``, at first ``.grad`` itself.
+        states: of the optimizer.
+        groups: of the optimizer.
+    """
+
+    names: list[str]
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    states: list[Any]
+    groups: list[dict[str, Any]]
+
+    @classmethod
+    def of(
+        cls,
+        groups: Sequence[dict[str, Any]],
+        states: MutableMapping[Tensor, Any],
+        names: Mapping[int, str],
+    ) -> Blocks:
+        """Those that have gradients.
+
+        Args:
+            groups: of the optimizer.
+            states: of the optimizer, by parameter.
+            names: by the parameters' ids.
+        """
+        pairs = [
+            (p, group)
+            for group in groups
+            for p in group["params"]
+            if p.grad is not None and p.numel()
+        ]
+        return cls(
+            [names[id(p)] for p, _ in pairs],
+            [p for p, _ in pairs],
+            [p.grad for p, _ in pairs],
+            [states[p] for p, _ in pairs],
+            [group for _, group in pairs],
+        )
+
+    @property
+    def by_name(self) -> dict[str, Tensor]:
+        """The parameters by name."""
+        return dict(zip(self.names, self.parameters, strict=True))
+
+    @property
+    def ratios(self) -> list[float]:
+        """Each block's ``lr`` over the greatest: part of the direction that is measured."""
+        rates = [float(group["lr"]) for group in self.groups]
+        most = max(rates)
+        return [rate / most if most > 0 else 1.0 for rate in rates]
+
+    @property
+    def weights(self) -> list[Any]:
+        """What each block of the direction is multiplied by: its ratio and its shrinkage."""
+        return [
+            state.get("shrinkage", 1.0) * ratio
+            for state, ratio in zip(self.states, self.ratios, strict=True)
+        ]
+
+    def size(self, foreach: bool | None) -> Tensor:
+        """() the greatest entry of the gradients; not finite if any entry is not.
+
+        Args:
+            foreach: multi-tensor kernels; None for on a GPU.
+        """
+        return torch.nn.utils.get_total_norm(self.gradients, math.inf, foreach=foreach)
+
+    def scale(self, by: Tensor | None, foreach: bool | None) -> None:
+        """Bring the gradients to the units and the sign of the step, in new tensors.
+
+        Args:
+            by: () divides them; None for nothing.
+            foreach: multi-tensor kernels; None for on a GPU.
+        """
+        gradients = self.gradients
+        if by is not None:
+            if foreach or (foreach is None and gradients[0].is_cuda):
+                gradients = list(torch._foreach_div(gradients, by))
+            else:
+                gradients = [(gradient / by).to(gradient.dtype) for gradient in gradients]
+        for i, (parameter, group) in enumerate(zip(self.parameters, self.groups, strict=True)):
+            if group["maximize"]:
+                gradients[i] = -gradients[i]
+            if group["coupled_weight_decay"] and group["weight_decay"] != 0:
+                gradients[i] = gradients[i].add(parameter, alpha=group["weight_decay"])
+        self.gradients = gradients
+
+    def move(self, directions: Sequence[Tensor], max_decay: float, gate: Gate) -> None:
+        """``theta <- theta (1 - min(weight_decay a, max_decay)) - a w u``.
+
+        Args:
+            directions: ``u``.
+            max_decay: most that weight decay takes off.
+            gate: () whether the step is taken.
+        """
+        for parameter, group, state, u in zip(
+            self.parameters, self.groups, self.states, directions, strict=True
+        ):
+            size = group["step_size"]  # a: a tensor, or a number under the constant rule
+            if group["weight_decay"] != 0 and not group["coupled_weight_decay"]:
+                taken = size * group["weight_decay"]
+                if isinstance(taken, Tensor):
+                    taken = taken.clamp(max=max_decay)
+                    parameter.mul_(1 - choose(gate, taken, 0.0))
+                elif gate is None:
+                    parameter.mul_(1 - min(taken, max_decay))
+                else:
+                    parameter.copy_(
+                        choose(gate, parameter * (1 - min(taken, max_decay)), parameter)
+                    )
+            moved = choose(gate, u, 0.0)
+            if isinstance(size, Tensor):
+                by = size * state.get("shrinkage", 1.0)
+                parameter.addcmul_(moved, by.to(parameter.dtype), value=-1)
+            else:
+                parameter.add_(moved, alpha=-size)
+
+    def average(self, share: Tensor) -> None:
+        """Take the parameters into their tail average.
+
+        Args:
+            share: () weight of the new ones.
+        """
+        for parameter, state in zip(self.parameters, self.states, strict=True):
+            if "average" not in state:
+                state["average"] = parameter.detach().clone()
+            state["average"].lerp_(parameter, share.to(parameter.dtype))
