@@ -62,6 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError(
+            "expected a folder, got nothing; use . for the current one"
+        )
+    return Path(text)
+
+
 def _run(arguments: list[str]) -> int:
     try:
         options = _parser().parse_args(arguments)
@@ -98,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--out",
         metavar="DIR",
-        type=Path,
+        type=_folder,
         help="write metrics.jsonl, summary.json and plot.png there, in place of an earlier demo's; "
         "without it nothing is written",
     )

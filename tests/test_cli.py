@@ -426,3 +426,8 @@ def test_a_full_standard_output_is_one_line(start):
         _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert err == "conjopt: error: standard output: No space left on device\n"
+
+
+def test_an_empty_name_is_no_folder(capsys):
+    assert main(["demo", "--out", ""]) == 2
+    assert "use . for the current one" in capsys.readouterr().err

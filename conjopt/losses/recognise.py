@@ -53,13 +53,13 @@ def potential_of(criterion: nn.Module) -> PotentialOf:
         raise TypeError(
             f"The criterion {criterion!r} is not recognised: expected an instance of "
             f"{', '.join(k.__name__ for k in _RECOGNISED)} that does not override forward. Use one "
-            "of these, or observe the outputs and targets explicitly with `optimizer.observe`."
+            "of these for its part of the loss, and add other terms to its value; a loss of "
+            "another kind has no known units, so train it with `torch.optim`."
         )
     if criterion.reduction == "none":
         raise ValueError(
             f"The criterion {criterion!r} has reduction='none', so how its terms are weighed is "
-            "not known: use reduction='mean' or 'sum', or observe the outputs and targets "
-            "explicitly with `optimizer.observe`."
+            "not known: use reduction='mean' or 'sum'."
         )
     for name in ("weight", "pos_weight"):
         weight = getattr(criterion, name, None)

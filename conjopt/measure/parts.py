@@ -7,6 +7,7 @@ several were accumulated. ``.grad`` holds their weighted sum, so one more backwa
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -76,7 +77,7 @@ def split(
         counts = (sizes[0], sum(sizes[1:]))
         mask = None
         pulls = [(forwards[:1], None), (forwards[1:], None)]
-    elif size is None or size < 2:
+    elif size is None or size < 2 or not _rows_are_of_samples(batch, size):
         return None
     else:
         even, mask = halves(size, device=batch.weight.device)
@@ -143,12 +144,21 @@ def inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         left: a non-empty list of tensors.
         right: as many, in the same shapes.
     """
-    return torch.stack(
-        [
-            torch.dot(_wide(a).flatten(), _wide(b).flatten())
-            for a, b in zip(left, right, strict=True)
-        ]
-    )
+    products = [
+        torch.dot(_wide(a).flatten(), _wide(b).flatten()) for a, b in zip(left, right, strict=True)
+    ]
+    widest = functools.reduce(torch.promote_types, (product.dtype for product in products))
+    return torch.stack([product.to(widest) for product in products])
+
+
+def _rows_are_of_samples(batch: Batch, size: int) -> bool:
+    """Whether dimension 0 of the outputs counts samples, not the classes of a single one."""
+    rows = [
+        batch.potential_of.rows(o.outputs).shape[0]
+        for o in batch.observations
+        if o.place is not None and o.outputs is not None
+    ]
+    return all(number % size == 0 for number in rows)
 
 
 def _pull(

@@ -21,10 +21,12 @@ __all__ = [
     "data_floor",
     "dense",
     "direction",
+    "fitting",
     "given_parameters",
     "group",
     "modules",
     "number",
+    "positive",
     "some",
     "step_rule",
 ]
@@ -113,7 +115,7 @@ def count(name: str, value: Any, least: int) -> None:
         raise ValueError(f"ConjSGD: {name}={value!r}, expected a whole number >= {least}")
 
 
-def group(options: Mapping[str, Any], rule: StepRule) -> None:
+def group(options: Mapping[str, Any], rule: StepRule, of: Direction) -> None:
     """Refuse hyperparameters of a group that are out of range."""
     number("lr", options["lr"], 0)
     number("momentum", options["momentum"], 0, 1, open_end=True)
@@ -125,6 +127,11 @@ def group(options: Mapping[str, Any], rule: StepRule) -> None:
         raise ValueError(
             f"ConjSGD: dampening={options['dampening']} with nesterov=True; Nesterov's look-ahead "
             "needs dampening=0, or pass nesterov=False"
+        )
+    if options["coupled_weight_decay"] and rule.measures and of.held_out:
+        raise ValueError(
+            f"ConjSGD: coupled_weight_decay=True with direction={of.name!r}, whose two halves of a "
+            "batch would share it unequally; leave weight decay decoupled, or use direction='sgd'"
         )
     if options["maximize"] and rule.measures:
         raise ValueError(
@@ -187,6 +194,16 @@ def dense(parameters: Iterable[Tensor]) -> None:
             )
 
 
+def positive(weight: Tensor) -> None:
+    """Refuse a criterion that enters the loss negated; a device is not asked."""
+    if weight.device.type == "cpu" and bool(weight < 0):
+        raise RuntimeError(
+            f"ConjSGD: the criterion enters the loss with the factor {float(weight):g}, expected a "
+            "positive one: the step rule brings the criterion down to its floor. Minimize the "
+            "criterion itself, or use step_rule='constant'"
+        )
+
+
 def controller(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a state that the base class does not know, if it is whole."""
     found = state_dict.get("controller")
@@ -203,3 +220,17 @@ def controller(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
             "ConjSGD.state_dict() made"
         )
     return found
+
+
+def fitting(state_dict: Mapping[str, Any], parameters: Sequence[Tensor]) -> None:
+    """Refuse the state of parameters of other shapes."""
+    numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=False):
+        for key in ("momentum_buffer", "average"):
+            saved = state_dict["state"].get(number, {}).get(key)
+            if saved is not None and saved.shape != parameter.shape:
+                raise ValueError(
+                    f"ConjSGD.load_state_dict: the {key} of parameter {number} has shape "
+                    f"{tuple(saved.shape)}, expected that of the parameter, "
+                    f"{tuple(parameter.shape)}; load the state of the same model"
+                )

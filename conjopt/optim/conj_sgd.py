@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -63,9 +64,10 @@ class ConjSGD(Optimizer):
         max_step: cap of the actual step; None for none.
         average: share of the run that the tail average reaches back, see `averaged`; 0 for none.
         maximize: as in torch; only under ``step_rule="constant"``.
-        foreach: multi-tensor kernels for scaling, checking and updating; None for on a GPU.
+        foreach: multi-tensor kernels for scaling and checking gradients; None for on a GPU.
         dampening: of ``direction="sgd"``, as in torch.
-        coupled_weight_decay: add ``weight_decay theta`` to the gradient, as `torch.optim.SGD` does.
+        coupled_weight_decay: add ``weight_decay theta`` to the gradient, as `torch.optim.SGD` does;
+            not where a direction is made from halves of a batch.
         decay: of the running means of loss and measurements.
         max_decay: most that weight decay takes off in one step.
 
@@ -148,7 +150,7 @@ class ConjSGD(Optimizer):
             "max_step": max_step,
             "maximize": maximize,
         }
-        checks.group(defaults, self._rule)
+        checks.group(defaults, self._rule, self._direction)
         super().__init__(parameters, defaults)
         every = [p for group in self.param_groups for p in group["params"]]
         checks.some(every)
@@ -179,7 +181,7 @@ class ConjSGD(Optimizer):
         super().add_param_group(param_group)
         try:
             for group in self.param_groups[before:]:
-                checks.group(group, self._rule)
+                checks.group(group, self._rule, self._direction)
                 checks.belong(group["params"], self._names, self._model)
                 group.setdefault("step_size", 0.0)
         except BaseException:
@@ -226,8 +228,9 @@ class ConjSGD(Optimizer):
         seen = blocks.size(self._foreach).to(statistics.loss)
         blocks.scale(None if batch is None else batch.weight, self._foreach)
         if batch is not None:
+            checks.positive(batch.weight)
             loss = self._floor.excess(batch, statistics)
-            seen = seen + loss
+            seen = torch.where(batch.weight > 0, seen + loss, torch.nan)
         finite = torch.isfinite(seen)
         if self._given_up(finite):
             return result
@@ -410,6 +413,7 @@ class ConjSGD(Optimizer):
             >>> optimizer.load_state_dict(optimizer.state_dict())
         """
         controller = checks.controller(state_dict)
+        checks.fitting(state_dict, [p for group in self.param_groups for p in group["params"]])
         super().load_state_dict(state_dict)
         self._statistics.load_state_dict(controller["statistics"])
         self._calls, self._trust_only = controller["calls"], controller["trust_only"]
@@ -420,7 +424,6 @@ class ConjSGD(Optimizer):
             for key in BLOCK_STATE:
                 if key in (saved := state_dict["state"].get(number, {})):
                     self.state[parameter][key] = saved[key].clone().to(parameter.device)
-        self._watch.release()
         self._watch.armed = self._due()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -485,9 +488,10 @@ class ConjSGD(Optimizer):
             warnings.warn(
                 "ConjSGD gave up a step: a loss, gradient or measurement was not finite. "
                 "Parameters and state stayed as they were; status().skipped_steps counts such "
-                "steps. If they go on, look for infinities in inputs, targets and loss.",
+                "steps. If they go on, look for infinities in inputs, targets and loss, and for "
+                "batches in which no sample counts.",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=_levels_to_the_user(),
             )
         if "floor" not in self._warned and bool(statistics.lowered > 0):
             self._warned.add("floor")
@@ -496,5 +500,15 @@ class ConjSGD(Optimizer):
                 "the training loss; going on without it. Give the floor in the criterion's units, "
                 'or leave data_floor="auto".',
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=_levels_to_the_user(),
             )
+
+
+def _levels_to_the_user() -> int:
+    """How many frames above the caller the user's own line is, past torch's wrappers of `step`."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
+        ("conjopt.optim", "torch.")
+    ):
+        level, frame = level + 1, frame.f_back
+    return level

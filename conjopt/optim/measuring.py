@@ -55,7 +55,7 @@ class Found:
             for field in dataclasses.fields(self.measurement)
             if (value := getattr(self.measurement, field.name)) is not None
         ]
-        return torch.isfinite(torch.stack(values)).all()
+        return torch.stack([torch.isfinite(value) for value in values]).all()
 
     def keep(self, states: Sequence[Any], gate: Gate) -> None:
         """Write the blocks' running slopes and weights to their states.

@@ -121,12 +121,13 @@ class Statistics:
             value = getattr(found, name)
             if value is not None:
                 mean = getattr(self, name)
-                setattr(self, name, choose(gate, mean.lerp(value, share), mean))
+                setattr(self, name, choose(gate, mean.lerp(value.to(mean), share), mean))
         first = self.weight == 0
         weight = self.weight.lerp(torch.ones_like(self.weight), share)
         self.weight = choose(gate, weight, self.weight)
-        envelope = torch.maximum(found.change, self.change.lerp(found.change, share))
-        envelope = torch.where(first, found.change, envelope)
+        change = found.change.to(self.change)
+        envelope = torch.maximum(change, self.change.lerp(change, share))
+        envelope = torch.where(first, change, envelope)
         self.change = choose(gate, envelope, self.change)
         self.measured += 1
 

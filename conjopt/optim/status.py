@@ -26,7 +26,8 @@ class Status:
         limited_by: what set it: "edge", "Polyak cap", "trust region", "max_step", "lr" (constant
             rule), or "nothing measured".
         limits: each limit of the step rule by name, before ``lr``.
-        loss: running mean of the loss over the data floor.
+        loss: running mean of a sample's Fenchel-Young loss over the data floor; for
+            `torch.nn.MSELoss` over k outputs that is k/2 times the criterion.
         slope: unbiased slope ``<G, u>`` (Thm 3.2).
         raw_slope: slope of the batches that u was made from.
         correlation: ``slope / raw_slope``; for u = g the gradient correlation of Thm 3.2.
@@ -123,12 +124,12 @@ class Status:
             ("step", f"{self.step}, {self.skipped_steps} skipped"),
             ("step size", f"{self.step_size:.4g} (limited by {self.limited_by})"),
             ("limits", limits or "none"),
-            ("loss", f"{_number(self.loss)} over the data floor"),
-            ("slope", f"{_number(self.slope)} held out, {_number(self.raw_slope)} raw"),
+            ("loss", f"{_number(self.loss)} a sample, over the data floor"),
+            ("slope", f"held out {_number(self.slope)}, raw {_number(self.raw_slope)}"),
             ("correlation", _number(self.correlation)),
             ("curvature", _number(self.curvature)),
-            ("output change", f"{_number(self.output_change)} per unit of step"),
-            ("noise scale", f"{_number(self.noise_scale)} samples"),
+            ("output change", f"per unit of step {_number(self.output_change)}"),
+            ("noise scale", f"in samples {_number(self.noise_scale)}"),
             ("Thm 3.6", self.guarantee),
         ]
         return "\n".join(f"{name:<16} {value}" for name, value in rows)
