@@ -124,7 +124,7 @@ class Status:
             ("step", f"{self.step}, {self.skipped_steps} skipped"),
             ("step size", f"{self.step_size:.4g} (limited by {self.limited_by})"),
             ("limits", limits or "none"),
-            ("loss", f"{_number(self.loss)} a sample, over the data floor"),
+            ("loss", f"per sample, over the data floor {_number(self.loss)}"),
             ("slope", f"held out {_number(self.slope)}, raw {_number(self.raw_slope)}"),
             ("correlation", _number(self.correlation)),
             ("curvature", _number(self.curvature)),
