@@ -497,7 +497,7 @@ def test_status_before_and_after_the_first_step():
     assert (status.limited_by, status.limits) == ("nothing measured", {})
     assert math.isnan(status.loss)
     assert math.isnan(status.curvature)
-    assert "loss             per sample, over the data floor not measured" in str(status).splitlines()
+    assert "loss             per sample, over the data floor not measured" in str(status)
 
     loss = train(model, optimizer, 1)
     status = optimizer.status()

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from sklearn.datasets import load_diabetes
+from test_reference import problem
 from torch import nn
 from torch.func import functional_call, jacrev
 
@@ -250,3 +252,89 @@ def test_a_state_loaded_between_backward_and_step_keeps_the_batch():
     optimizer.load_state_dict(state)
     optimizer.step()
     assert optimizer.status().step == 1
+
+
+@pytest.mark.parametrize(
+    ("share", "change", "reach", "next_share"),
+    [
+        (1.0, 3.0, math.inf, 1.0),  # the whole step holds: no limit
+        (0.25, 3.0, 0.5, 0.5),  # a share of it holds, and is the limit; more is tried next
+        (0.75, 4.0, 0.5, 1.0),
+        (1.0, 8.0, 0.25, 0.25),  # too far: cut in proportion, and a quarter is tried next
+        (1.0, math.inf, 0.0, 0.25),
+        (1.0, math.nan, 0.0, 0.25),
+    ],
+)
+def test_what_follows_from_a_step_that_was_tried(share, change, reach, next_share):
+    statistics = Statistics(0.9, dtype=torch.float64)
+    statistics.share = number(share)
+    Edge().after_trying(statistics, number(0.5), number(change), number(4.0), None)
+    assert statistics.reach == reach
+    assert statistics.share == next_share
+    Edge().after_trying(statistics, number(0.5), number(1.0), number(4.0), torch.tensor(False))
+    assert statistics.reach == reach  # the step was given up
+    assert statistics.share == next_share
+
+
+def raw_targets(realised, hidden=3):
+    """Losses on regression whose targets are large against the outputs of a fresh network."""
+    inputs, targets = load_diabetes(return_X_y=True, scaled=False)
+    x, y = torch.tensor(inputs).float(), torch.tensor(targets).float().unsqueeze(1)
+    x = (x - x.mean(0)) / x.std(0)
+    torch.manual_seed(0)
+    layers = [nn.Linear(10, 64), nn.ReLU()]
+    for _ in range(hidden - 1):
+        layers += [nn.Linear(64, 64), nn.ReLU()]
+    model, loss = nn.Sequential(*layers, nn.Linear(64, 1)), nn.MSELoss()
+    optimizer = ConjSGD(
+        model.parameters(), model=model, loss=loss, step_rule=Edge(realised=realised)
+    )
+    losses = []
+    for _ in range(10):
+        for batch in torch.randperm(len(x)).split(32):
+            optimizer.zero_grad()
+            value = loss(model(x[batch]), y[batch])
+            value.backward()
+            optimizer.step()
+            losses.append(value.item())
+    return losses
+
+
+def test_large_targets_do_not_blow_up():
+    # Found by a newcomer: the linearised limits alone went from 4e4 to 8e11 at the first step.
+    assert max(raw_targets(None)) > 1e6
+    losses = raw_targets(2.0)
+    assert max(losses) < 9 * losses[0]
+    assert sum(losses[-14:]) / 14 < 5930 / 2  # half of the targets' variance
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_trying_changes_nothing_where_the_linearised_limits_hold(kind):
+    ends = []
+    for realised in (None, 2.0):
+        model, x, y = problem(kind, 0.25)
+        loss, rule = nn.CrossEntropyLoss(), Edge(realised=realised)
+        optimizer = ConjSGD(model.parameters(), model=model, loss=loss, step_rule=rule)
+        for step in range(40):
+            torch.manual_seed(step)
+            batch = torch.randint(len(x), (24,))
+            optimizer.zero_grad()
+            loss(model(x[batch]), y[batch]).backward()
+            optimizer.step()
+        assert "realised change" not in optimizer.status().limits
+        ends.append(list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*ends))
+
+
+def test_steps_that_may_not_be_taken_are_not_tried():
+    # Tried at its full length, the step would be cut in proportion, far below the cap.
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1)
+    )
+    loss = nn.MSELoss()
+    optimizer = ConjSGD(model.parameters(), model=model, loss=loss, max_step=1e-3)
+    loss(model(torch.randn(16, 4)), 1e3 * torch.randn(16, 1)).backward()
+    optimizer.step()
+    assert optimizer.status().limited_by == "max_step"
+    assert "realised change" not in optimizer.status().limits

@@ -259,6 +259,7 @@ class ConjSGD(Optimizer):
             statistics.see(found.measurement, gate)
             self._rule.after_measuring(statistics, self._trust_only, gate)
             found.keep(blocks.states, gate)
+            self._try(batch, blocks, found, gate)
         self._floor.give_up(statistics, gate)
         self._set_step_sizes(gate)
 
@@ -448,6 +449,23 @@ class ConjSGD(Optimizer):
             self._statistics,
             self._trust_only,
         )
+
+    def _try(self, batch: Batch | None, blocks: Blocks, found: measuring.Found, gate: Gate) -> None:
+        """Try the step on the measured samples, as the limits trust the linearised model."""
+        statistics = self._statistics
+        radius = self._rule.radius(statistics, self._beta, self._trust_only)
+        if radius is None or found.trial is None or batch is None:
+            return
+        # a times the greatest lr, of which each block's ratio is part of the direction; no more
+        # than max_step lets any group take.
+        most = max(float(group["lr"]) for group in blocks.groups)
+        tried = statistics.share * self._rule.least(statistics, self._beta, self._trust_only)
+        tried = torch.where(torch.isfinite(tried), tried, 0.0)
+        caps = [group["max_step"] for group in blocks.groups]
+        if most > 0 and all(cap is not None for cap in caps):
+            tried = tried.clamp(max=max(caps) / most)
+        change = found.trial.change(batch, blocks, tried * most).to(radius)
+        self._rule.after_trying(statistics, tried, change, radius, gate)
 
     def _set_step_sizes(self, gate: Gate) -> None:
         """``a lr`` of each group: a tensor, or the number that ``lr`` is under a constant rule."""

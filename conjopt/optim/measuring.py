@@ -28,6 +28,43 @@ RHO_BLOCK_MIN = 0.02  # least share of a block's raw slope that its shrinkage le
 
 
 @dataclasses.dataclass(eq=False)
+class Trial:
+    """What it takes to try a step on the outputs.
+
+    Attributes:
+        along: the direction, with the blocks' weights.
+        outputs: of the model before the step.
+        forward: that they are of.
+        mask: (m,) the samples to look at; None for all.
+    """
+
+    along: list[Tensor]
+    outputs: list[Tensor | None]
+    forward: Forward
+    mask: Tensor | None
+
+    def change(self, batch: Batch, blocks: Blocks, size: Tensor) -> Tensor:
+        """() rms change of the outputs by a step, less what rounding makes of it.
+
+        Args:
+            batch: observed while the watch was armed.
+            blocks: what is moved.
+            size: () of the step.
+        """
+        assert self.forward.replay is not None
+        with torch.no_grad():
+            moved = self.forward.replay.run(_moved(blocks, self.along, size))
+        kept, changes = {}, {}
+        for place, (before, after) in enumerate(zip(self.outputs, moved, strict=True)):
+            if before is not None and after is not None and place in self.forward.gradients:
+                kept[place], changes[place] = before, after - before
+        change = respond(batch, self.forward, changes, self.mask).change
+        eps = max(torch.finfo(output.dtype).eps for output in kept.values())
+        size_of_outputs = respond(batch, self.forward, kept, self.mask).change
+        return (change - 8 * eps * size_of_outputs).clamp_min(0)
+
+
+@dataclasses.dataclass(eq=False)
 class Found:
     """What a measuring step found.
 
@@ -38,6 +75,7 @@ class Found:
         slopes: (blocks, 2) running raw and held-out slopes of each block; None without halves.
         shrinkage: (blocks,) the weights ``w`` of the blocks that follow; None to leave them.
         trust_only: whether slopes and curvature could not be measured.
+        trial: for trying the step on the outputs; None where that is not done.
     """
 
     directions: list[Tensor]
@@ -46,6 +84,7 @@ class Found:
     slopes: Tensor | None = None
     shrinkage: Tensor | None = None
     trust_only: bool = False
+    trial: Trial | None = None
 
     @property
     def finite(self) -> Tensor:
@@ -136,7 +175,7 @@ def held_out(
     shrinkage = torch.where(matrix, rho.sqrt(), rho)
     weights = shrinkage * torch.tensor(blocks.ratios, dtype=rho.dtype, device=rho.device)
     along = [tensor * weight for tensor, weight in zip(u, weights, strict=True)]
-    changes = _changes(product, parts.forward, blocks, along)
+    outputs, changes = _changes(product, parts.forward, blocks, along)
     response = respond(batch, parts.forward, changes, parts.mask)
     apart = torch._foreach_sub(parts.first, parts.second)
     noise = noise_from_halves(
@@ -152,7 +191,8 @@ def held_out(
         mean_square=noise.mean_square,
         noise=noise.noise,
     )
-    return Found(u, pending, measurement, slopes, shrinkage)
+    trial = Trial(along, outputs, parts.forward, parts.mask)
+    return Found(u, pending, measurement, slopes, shrinkage, trial=trial)
 
 
 def along_gradient(
@@ -170,7 +210,7 @@ def along_gradient(
     u, pending = direction.propose(gradients, gradients, blocks.states, blocks.groups)
     along = [g if r == 1 else g * r for g, r in zip(gradients, blocks.ratios, strict=True)]
     forward = batch.forwards[-1]
-    changes = _changes(product, forward, blocks, along)
+    _, changes = _changes(product, forward, blocks, along)
     response = respond(batch, forward, changes, None)
     squared = inner_products(gradients, along).sum()
     info = torch.finfo(squared.dtype)
@@ -199,13 +239,10 @@ def change_only(batch: Batch, blocks: Blocks, direction: Direction) -> Found:
     along = [t * w for t, w in zip(u, blocks.weights, strict=True)]
     forward = batch.forwards[-1]
     assert forward.replay is not None
-    at = [parameter.detach() for parameter in blocks.parameters]
-    step = relative_step(at, along, power=1 / 2)
+    step = relative_step([p.detach() for p in blocks.parameters], along, power=1 / 2)
     with torch.no_grad():
         here = forward.replay.run({})
-        there = forward.replay.run(
-            {n: p - step * t for n, p, t in zip(blocks.names, at, along, strict=True)}
-        )
+        there = forward.replay.run(_moved(blocks, along, step))
     unit = torch.where(step > 0, step, 1.0)
     changes = {
         place: (h - t) / unit
@@ -215,7 +252,8 @@ def change_only(batch: Batch, blocks: Blocks, direction: Direction) -> Found:
     response = respond(batch, forward, changes, None)
     raw = inner_products(gradients, along).sum()
     measurement = Measurement(change=response.change, raw_slope=raw)
-    return Found(u, pending, measurement, trust_only=True)
+    trial = Trial(along, here, forward, None)
+    return Found(u, pending, measurement, trust_only=True, trial=trial)
 
 
 def couples_samples(model: nn.Module) -> bool:
@@ -238,12 +276,21 @@ def couples_samples(model: nn.Module) -> bool:
 
 def _changes(
     product: JacobianProduct, forward: Forward, blocks: Blocks, along: Sequence[Tensor]
-) -> dict[int, Tensor]:
+) -> tuple[list[Tensor | None], dict[int, Tensor]]:
     assert forward.replay is not None
     direction = dict(zip(blocks.names, along, strict=True))
-    _, changes = product(forward.replay.run, blocks.by_name, direction)
-    return {
+    outputs, changes = product(forward.replay.run, blocks.by_name, direction)
+    seen = {
         place: change
         for place, change in enumerate(changes)
         if change is not None and place in forward.gradients
+    }
+    return outputs, seen
+
+
+def _moved(blocks: Blocks, along: Sequence[Tensor], size: Tensor) -> dict[str, Tensor]:
+    """The parameters after a step."""
+    return {
+        name: parameter.detach() - size.to(parameter.dtype) * u.to(parameter.dtype)
+        for name, parameter, u in zip(blocks.names, blocks.parameters, along, strict=True)
     }

@@ -20,6 +20,8 @@ SCALARS = (
     "loss",
     "edge",
     "cap",
+    "reach",
+    "share",
     "steps",
     "skipped",
     "below",
@@ -64,6 +66,8 @@ class Statistics:
         weight: () count of measurements for the bias correction, 1 in the limit.
         steps: () steps taken.
         skipped: () steps given up for a value that was not finite.
+        reach: () largest step that was tried on the outputs and held; infinite for no limit.
+        share: () of the step that is tried next.
 
     Example:
         >>> statistics = Statistics(0.9)
@@ -88,6 +92,8 @@ class Statistics:
         for name in SCALARS:
             setattr(self, name, torch.zeros((), device=device, dtype=dtype))
         self.loss.fill_(torch.nan)
+        self.reach.fill_(torch.inf)
+        self.share.fill_(1)
 
     loss: Tensor
     weight: Tensor
@@ -96,6 +102,8 @@ class Statistics:
     change: Tensor
     edge: Tensor
     cap: Tensor
+    reach: Tensor
+    share: Tensor
     below: Tensor
     lowered: Tensor
 

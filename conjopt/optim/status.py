@@ -23,8 +23,8 @@ class Status:
     Attributes:
         step: steps taken.
         step_size: ``a lr`` of the first parameter group.
-        limited_by: what set it: "edge", "Polyak cap", "trust region", "max_step", "lr" (constant
-            rule), or "nothing measured".
+        limited_by: what set it: "edge", "Polyak cap", "trust region", "realised change",
+            "max_step", "lr" (constant rule), or "nothing measured".
         limits: each limit of the step rule by name, before ``lr``.
         loss: running mean of a sample's Fenchel-Young loss over the data floor; for
             `torch.nn.MSELoss` over k outputs that is k/2 times the criterion.
@@ -81,6 +81,8 @@ class Status:
             trust_only: whether slopes and curvature could not be measured.
         """
         read = {name: float(limit) for name, limit in limits.items()}
+        if (reach := float(statistics.reach)) < math.inf:
+            read["realised change"] = reach
         measured = bool(statistics.weight > 0)
         slope, raw = (float(statistics.mean(name)) for name in ("slope", "raw_slope"))
         signal, noise = (float(statistics.mean(name)) for name in ("mean_square", "noise"))

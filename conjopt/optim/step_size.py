@@ -26,6 +26,9 @@ __all__ = [
 ]
 
 
+SHARE_MIN = 1e-9  # least share of a step that is tried
+
+
 def edge_step(
     slope: Tensor, raw_slope: Tensor, curvature: Tensor, s: float, floor: float
 ) -> Tensor:
@@ -144,10 +147,58 @@ class StepRule(abc.ABC):
             trust_only: whether slopes and curvature could not be measured.
         """
 
+    def radius(
+        self, statistics: Statistics, smoothness: float | None, trust_only: bool
+    ) -> Tensor | None:
+        """() rms change of the outputs that a step may really make; None leaves it untried.
+
+        Args:
+            statistics: with the current running loss.
+            smoothness: ``beta`` of the link.
+            trust_only: whether slopes and curvature could not be measured.
+        """
+        return None
+
+    def after_trying(
+        self, statistics: Statistics, tried: Tensor, change: Tensor, radius: Tensor, gate: Gate
+    ) -> None:
+        """Fix how far steps may reach until the next measurement, from one that was tried.
+
+        Where the tried step keeps within the radius, there is no limit, unless only a share of it
+        was tried: then that is the limit, and a larger share is tried next. Where it does not, the
+        step is cut in proportion, which is on the safe side if changes grow faster than steps, and
+        a quarter of it is tried next.
+
+        Args:
+            statistics: whose ``reach`` and ``share`` are written to.
+            tried: () the step, before ``lr``.
+            change: () rms change of the outputs that it made.
+            radius: () that it may make.
+            gate: () whether the step is taken.
+        """
+        holds = change <= radius
+        finite = torch.isfinite(change)
+        cut = torch.where(finite, tried * radius / torch.where(finite, change, 1.0), 0.0)
+        whole = torch.where(statistics.share >= 1, torch.inf, tried)
+        share = torch.where(holds, statistics.share * 2, statistics.share / 4).clamp(SHARE_MIN, 1)
+        statistics.reach = choose(gate, torch.where(holds, whole, cut), statistics.reach)
+        statistics.share = choose(gate, share, statistics.share)
+
     def step_size(
         self, statistics: Statistics, smoothness: float | None, trust_only: bool
     ) -> Tensor:
-        """() the least limit, 0 if none is finite.
+        """() the least limit within reach, 0 if none is finite.
+
+        Args:
+            statistics: with the current running loss.
+            smoothness: ``beta`` of the link.
+            trust_only: whether slopes and curvature could not be measured.
+        """
+        least = torch.minimum(self.least(statistics, smoothness, trust_only), statistics.reach)
+        return torch.where(torch.isfinite(least), least, 0.0)
+
+    def least(self, statistics: Statistics, smoothness: float | None, trust_only: bool) -> Tensor:
+        """() the least limit.
 
         Args:
             statistics: with the current running loss.
@@ -158,7 +209,7 @@ class StepRule(abc.ABC):
         for limit in self.limits(statistics, smoothness, trust_only).values():
             least = limit if least is None else torch.minimum(least, limit)
         assert least is not None
-        return torch.where(torch.isfinite(least), least, 0.0)
+        return least
 
 
 class Edge(StepRule):
@@ -169,6 +220,9 @@ class Edge(StepRule):
         rho_min: least share of the raw slope that counts as slope, against annealing too early.
         tau: of the trust region: no step multiplies the excess risk by more than (1 + tau)^2.
         tau_alone: of the trust region where it is the only limit.
+        realised: measuring steps try the step on their samples; where the outputs really change by
+            more than this multiple of the trust region's radius, it is cut. None for the limits of
+            the linearised model alone.
 
     Raises:
         ValueError: if a constant is out of range.
@@ -190,13 +244,21 @@ class Edge(StepRule):
     name = "edge"
 
     def __init__(
-        self, s: float = 1.5, rho_min: float = 0.3, tau: float = 1.0, tau_alone: float = 0.5
+        self,
+        s: float = 1.5,
+        rho_min: float = 0.3,
+        tau: float = 1.0,
+        tau_alone: float = 0.5,
+        realised: float | None = 2.0,
     ) -> None:
         _check_range("Edge", "s", s, 2)
         _check_range("Edge", "rho_min", rho_min, 1, zero=True)
         _check_range("Edge", "tau", tau)
         _check_range("Edge", "tau_alone", tau_alone)
+        if realised is not None:
+            _check_range("Edge", "realised", realised)
         self.s, self.rho_min, self.tau, self.tau_alone = s, rho_min, tau, tau_alone
+        self.realised = realised
 
     def after_measuring(self, statistics: Statistics, trust_only: bool, gate: Gate) -> None:
         """Fix edge step and Polyak cap until the next measurement.
@@ -224,6 +286,15 @@ class Edge(StepRule):
         if trust_only:
             return {"trust region": trust}
         return {"edge": statistics.edge, "Polyak cap": statistics.cap, "trust region": trust}
+
+    def radius(
+        self, statistics: Statistics, smoothness: float | None, trust_only: bool
+    ) -> Tensor | None:
+        """See `StepRule.radius`."""
+        if self.realised is None or smoothness is None:
+            return None
+        tau = self.realised * (self.tau_alone if trust_only else self.tau)
+        return tau * (2 * statistics.loss.clamp_min(0) / smoothness).sqrt()
 
 
 class RayleighEdge(StepRule):
