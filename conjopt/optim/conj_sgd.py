@@ -38,7 +38,8 @@ class ConjSGD(Optimizer):
     ``tau sqrt(2 L / beta) / V`` (Thm 3.6). On measuring steps, each of the first ``warmup`` and
     every ``measure_every``-th, ``u`` is made from the odd samples of the batch, and its slope ``N``
     on the even ones is unbiased; curvature ``q`` and output change ``V`` come from one forward-mode
-    product. The loop is an ordinary torch loop; hooks on ``model`` and ``loss`` watch it. Samples
+    product. The step is then tried on these samples, and cut if the outputs really change by more
+    than ``realised`` times the trust region's radius, as they do far from the linearisation. The loop is an ordinary torch loop; hooks on ``model`` and ``loss`` watch it. Samples
     lie along dimension 0 of the model's outputs. See docs/how_it_works.md.
 
     Args:
@@ -54,9 +55,9 @@ class ConjSGD(Optimizer):
         weight_decay: decoupled, per unit of step; None for 0.1 with ``direction="spectral"`` over
             softmax and logistic losses, which have no minimizer, and 0 otherwise.
         direction: "spectral" (orthogonalised momentum), "sgd", or a `Direction`.
-        step_rule: "edge" (the three limits; for "sgd" the inverse curvature along the gradient and
-            the trust region), "constant", or a `StepRule`, whose arguments are ``s``, ``rho_min``
-            and ``tau``.
+        step_rule: "edge" (the limits above; for "sgd" the inverse curvature along the gradient and
+            the trust region), "constant", or a `StepRule`, whose arguments are ``s``, ``rho_min``,
+            ``tau`` and ``realised``.
         measure_every: steps from one measurement to the next.
         warmup: first steps, each of which measures.
         data_floor: in the criterion's units, the least training loss that the data allow (Thm 1.3);
