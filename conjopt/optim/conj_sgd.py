@@ -39,8 +39,10 @@ class ConjSGD(Optimizer):
     every ``measure_every``-th, ``u`` is made from the odd samples of the batch, and its slope ``N``
     on the even ones is unbiased; curvature ``q`` and output change ``V`` come from one forward-mode
     product. The step is then tried on these samples, and cut if the outputs really change by more
-    than ``realised`` times the trust region's radius, as they do far from the linearisation. The loop is an ordinary torch loop; hooks on ``model`` and ``loss`` watch it. Samples
-    lie along dimension 0 of the model's outputs. See docs/how_it_works.md.
+    than ``realised`` times the trust region's radius, as they do far from the linearisation.
+
+    The loop is an ordinary torch loop; hooks on ``model`` and ``loss`` watch it. Samples lie along
+    dimension 0 of the model's outputs. See docs/how_it_works.md.
 
     Args:
         params: parameters, named parameters or groups of them, all of ``model``.
