@@ -13,7 +13,7 @@ from torch import nn
 
 from conjopt import ConjSGD
 from conjopt.losses import SoftmaxLoss
-from conjopt.measure.observation import Hook
+from conjopt.measure.watch import Hook
 
 BLOCK_STATE = {"square", "square_weight", "slopes", "shrinkage", "momentum_buffer", "average"}
 

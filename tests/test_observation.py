@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from conjopt.losses import SoftmaxLoss
-from conjopt.measure.observation import Batch, Watch
+from conjopt.measure.observation import Batch
 from conjopt.measure.parts import Parts, respond, split
+from conjopt.measure.watch import Watch
 
 RTOL = 1e-10
 CLASSES = 4

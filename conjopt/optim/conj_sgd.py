@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from conjopt.measure.curvature import JacobianProduct
-from conjopt.measure.observation import Batch, Watch
+from conjopt.measure.observation import Batch
+from conjopt.measure.watch import Watch
 from conjopt.optim import checks, measuring
 from conjopt.optim.blocks import Blocks
 from conjopt.optim.directions import Direction

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from conjopt.measure.curvature import JacobianProduct, relative_step
 from conjopt.measure.noise import noise_from_halves
-from conjopt.measure.observation import Batch, Forward, Watch
+from conjopt.measure.observation import Batch, Forward
 from conjopt.measure.parts import Parts, inner_products, respond, split
+from conjopt.measure.watch import Watch
 from conjopt.optim.blocks import Blocks
 from conjopt.optim.directions import Direction, Pending, is_matrix
 from conjopt.optim.gate import Gate, choose

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from conjopt.measure import cross_fitted_slope, halves, noise_from_halves
-from conjopt.measure.observation import Watch
 from conjopt.measure.parts import Parts, split
+from conjopt.measure.watch import Watch
 
 Gradients = Tensor  # (n, P), one sample's in each row
 
