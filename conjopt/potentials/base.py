@@ -1,9 +1,33 @@
 """What every potential offers: `Phi`, `Phi*`, link, output Hessian (docs/theory.md, section 0)."""
 
 import abc
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class LossBounds(NamedTuple):
+    """The least and the greatest loss that a residual norm leaves possible (Thm 2.2).
+
+    Attributes:
+        lower: At most the loss, shape `(...)`.
+        upper: At least the loss, shape `(...)`; infinite where the norm does not bound the loss.
+
+    Reference:
+        docs/theory.md, Thm 2.2.
+
+    Example:
+        >>> import torch
+        >>> from conjopt.potentials import Squared
+        >>> lower, upper = Squared().loss_bounds(torch.tensor(2.0), torch.tensor([1.0, 0.0]))
+        >>> lower, upper
+        (tensor(2.), tensor(2.))
+    """
+
+    lower: Tensor
+    upper: Tensor
 
 
 class Potential(abc.ABC):
@@ -110,6 +134,101 @@ class Potential(abc.ABC):
         """
         return self.value(y) + self.conjugate(f) - (y * f).sum(-1)
 
+    def class_loss(self, index: Tensor, f: Tensor) -> Tensor:
+        """Return the loss for one-hot targets that are given by their class.
+
+        Args:
+            index: Classes, integers in `[0, k)`, shape `(...)`.
+            f: Outputs, shape `(..., k)`.
+
+        Returns:
+            Shape `(...)`.
+        """
+        classes = torch.arange(f.shape[-1], device=f.device)
+        return self.loss((index.unsqueeze(-1) == classes).to(f.dtype), f)
+
+    def divergence(self, y: Tensor, mean: Tensor) -> Tensor:
+        """Return the Bregman divergence `Phi(y) - Phi(mean) - <grad Phi(mean), y - mean>`.
+
+        Its mean over `y` is the generalized entropy when `mean` is the mean of `y` (Def 1.1).
+
+        Args:
+            y: Points of the domain of `Phi`, shape `(..., k)`.
+            mean: Points of the domain; coordinates on its boundary are shared with `y`, as a mean
+                shares them with the points it is taken of. Shape `(..., k)`.
+
+        Returns:
+            Shape `(...)`, non-negative up to rounding and 0 where the arguments are equal.
+        """
+        y, mean = torch.broadcast_tensors(y, mean)
+        slope = torch.func.grad(lambda points: self.value(points).sum())(mean)
+        step = y - mean
+        return self.value(y) - self.value(mean) - torch.where(step == 0, 0, slope * step).sum(-1)
+
+    def generalized_entropy(self, y: Tensor) -> Tensor:
+        """Return `-Phi(y)`, the generalized entropy of a prediction.
+
+        Where `Phi` is 0 at hard targets (the potentials on the simplex, and `Logistic`), this is
+        `Ent(Y)` of Def 1.1 for hard targets `Y` of mean `y`: Shannon's entropy for `Softmax`, the
+        Gini impurity over 2 for `Sparsemax`. The entropy of a law of other targets depends on more
+        than its mean: `conjopt.entropy.generalized_entropy` takes the targets.
+
+        Args:
+            y: Points of the domain of `Phi`, shape `(..., k)`.
+
+        Returns:
+            Shape `(...)`.
+
+        Example:
+            >>> import torch
+            >>> from conjopt.potentials import Softmax
+            >>> Softmax().generalized_entropy(torch.tensor([0.5, 0.5]))
+            tensor(0.6931)
+        """
+        return -self.value(y)
+
+    def contains(self, y: Tensor) -> Tensor:
+        """Return whether points lie in the domain of `Phi`, up to the rounding of their dtype.
+
+        Args:
+            y: Points, shape `(..., k)`.
+
+        Returns:
+            Booleans, shape `(...)`.
+        """
+        finite = torch.isfinite(y).all(-1)
+        if not self.on_simplex:
+            return finite & torch.isfinite(self.value(y.to(torch.promote_types(y.dtype, WORK))))
+        slack = math.sqrt(torch.finfo(y.dtype).eps)
+        total = y.sum(-1, dtype=torch.promote_types(y.dtype, WORK))
+        return finite & (y >= -slack).all(-1) & ((total - 1).abs() <= slack)
+
+    def loss_bounds(
+        self, residual_norm: Tensor, target: Tensor, *, prediction: Tensor | None = None
+    ) -> LossBounds:
+        """Bound the loss by the norm of its residual `e = yhat - y` (Thm 2.2).
+
+        Args:
+            residual_norm: `||e||`, shape `(...)`.
+            target: Targets `y`, points of the domain of `Phi`, shape `(..., k)`.
+            prediction: Predictions `yhat = link(f)`, shape `(..., k)`. Where they are given, the
+                rows of the table that use them count too, and the bounds are tighter.
+
+        Returns:
+            Both bounds, shape `(...)`. The upper one is infinite where the norm bounds nothing.
+        """
+        lower, upper = self._bounds(residual_norm, target, prediction)
+        if self.on_simplex and target.shape[-1] == 1:  # dim V = 0: there is nothing to lose
+            lower, upper = torch.zeros_like(lower), torch.zeros_like(upper)
+        return LossBounds(lower, upper)
+
+    def _bounds(
+        self, norm: Tensor, target: Tensor, prediction: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        norm = torch.broadcast_tensors(norm, target[..., 0])[0]
+        floor = norm.square() / (2 * self.smoothness) if self.smoothness else 0 * norm
+        return floor, torch.full_like(norm, torch.inf)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
 
@@ -118,6 +237,29 @@ class Potential(abc.ABC):
 
     def __hash__(self) -> int:
         return hash(type(self))
+
+
+WORK = torch.float32
+
+
+def positive_minimum(y: Tensor) -> Tensor:
+    """Return the least positive coordinate, `(..., k) -> (...)`; infinite where there is none."""
+    return torch.where(y > 0, y, torch.inf).amin(-1)
+
+
+def largest_coordinate(norm: Tensor, k: int) -> Tensor:
+    """Return `rho`: no coordinate of a vector in `R^k` that sums to 0 exceeds `rho`."""
+    return norm * math.sqrt(max(k - 1, 0) / max(k, 1))
+
+
+def surprise(r: Tensor) -> Tensor:
+    """Return `-log(1 - r)`, infinite from `r = 1` on."""
+    return torch.where(r < 1, -torch.log1p(-r.clamp(max=1)), torch.inf)
+
+
+def surprise_below(r: Tensor) -> Tensor:
+    """Return `-log(1 - r)` for a lower bound: where `r` is 1 by rounding it stays finite."""
+    return -torch.log1p(-r.clamp(max=1 - 8 * torch.finfo(r.dtype).eps))
 
 
 def relative_entropy(y: Tensor, log_y: Tensor, log_p: Tensor) -> Tensor:

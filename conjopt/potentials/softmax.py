@@ -4,8 +4,15 @@ from typing import final
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from conjopt.potentials.base import Potential, relative_entropy
+from conjopt.potentials.base import (
+    Potential,
+    largest_coordinate,
+    relative_entropy,
+    surprise,
+    surprise_below,
+)
 
 
 @final
@@ -58,3 +65,30 @@ class Softmax(Potential):
         """Return `KL(y || softmax(f))`, `(..., k), (..., k) -> (...)`, without cancellation."""
         log_y = torch.where(y > 0, y, 1).log()
         return relative_entropy(y, log_y, torch.log_softmax(f, -1)).sum(-1)
+
+    def class_loss(self, index: Tensor, f: Tensor) -> Tensor:
+        """Return cross-entropy, `(...), (..., k) -> (...)`, without a matrix of targets."""
+        losses = F.cross_entropy(f.reshape(-1, f.shape[-1]), index.reshape(-1), reduction="none")
+        return losses.reshape(f.shape[:-1])
+
+    def divergence(self, y: Tensor, mean: Tensor) -> Tensor:
+        """Return `KL(y || mean)`, `(..., k), (..., k) -> (...)`."""
+        return relative_entropy(y, torch.where(y > 0, y, 1).log(), mean.log()).sum(-1)
+
+    def _bounds(
+        self, norm: Tensor, target: Tensor, prediction: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        lower = super()._bounds(norm, target, prediction)[0]
+        hard = target.amax(-1) == 1
+        lower = torch.where(hard, surprise_below(norm / 2**0.5), lower)
+        # No coordinate of the residual exceeds rho, so yhat_j >= y_j - rho.
+        rho = largest_coordinate(norm, target.shape[-1])
+        ratio = rho.unsqueeze(-1) / torch.where(target > 0, target, 1)
+        upper = torch.where(target > 0, target * surprise(ratio), 0).sum(-1)
+        room = target.amin(-1) - rho  # only targets of full support have any
+        upper = torch.where(room > 0, torch.minimum(upper, norm.square() / (2 * room)), upper)
+        if prediction is not None:
+            ratio = (prediction - target).square() / prediction
+            ratio = torch.where(prediction > 0, ratio, torch.where(target > 0, torch.inf, 0))
+            upper = torch.minimum(upper, ratio.sum(-1).log1p())
+        return lower, upper

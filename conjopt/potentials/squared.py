@@ -45,3 +45,17 @@ class Squared(Potential):
     def loss(self, y: Tensor, f: Tensor) -> Tensor:
         """Return `||y - f||^2 / 2`, `(..., k), (..., k) -> (...)`."""
         return (y - f).square().sum(-1) / 2
+
+    def divergence(self, y: Tensor, mean: Tensor) -> Tensor:
+        """Return `||y - mean||^2 / 2`, `(..., k), (..., k) -> (...)`."""
+        return (y - mean).square().sum(-1) / 2
+
+    def contains(self, y: Tensor) -> Tensor:
+        """Return whether all coordinates are finite, `(..., k) -> (...)`."""
+        return torch.isfinite(y).all(-1)
+
+    def _bounds(
+        self, norm: Tensor, target: Tensor, prediction: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        exact = super()._bounds(norm, target, prediction)[0]
+        return exact, exact
