@@ -286,17 +286,19 @@ def test_weights_that_vanish_leave_finite_points():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_loss_is_zero_with_a_zero_gradient_where_nothing_counts(reduction: str):
-    outputs = torch.ones(3, 2, requires_grad=True)
-    loss = SoftmaxLoss(reduction=reduction)(outputs, torch.full((3,), -100))
-    loss.backward()
-    assert loss == 0
-    assert (outputs.grad == 0).all()
+def test_where_nothing_counts_loss_and_gradient_are_those_of_torch(reduction: str):
+    for loss in (SoftmaxLoss(reduction=reduction), nn.CrossEntropyLoss(reduction=reduction)):
+        outputs = torch.ones(3, 2, requires_grad=True)
+        value = loss(outputs, torch.full((3,), -100))
+        value.backward()
+        assert value.isnan() if reduction == "mean" else value == 0
+        assert (outputs.grad == 0).all()
     for criterion in (SquaredLoss(reduction=reduction), nn.MSELoss(reduction=reduction)):
         view, empty = potential_of(criterion), torch.ones(0, 2)
         assert (view.scale(empty, empty), view.offset(empty, empty)) == (1, 0)
         assert view.points(empty, empty).shape == (0, 2)
-    assert SquaredLoss(reduction=reduction)(empty, empty) == 0
+    empty_loss = SquaredLoss(reduction=reduction)(empty, empty)
+    assert empty_loss.isnan() if reduction == "mean" else empty_loss == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

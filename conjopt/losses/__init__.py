@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from conjopt.losses.fenchel_young import FenchelYoungLoss, LogisticLoss, SoftmaxLoss, SquaredLoss
+from conjopt.losses.fenchel_young import FenchelYoungLoss
+from conjopt.losses.named import (
+    EntmaxLoss,
+    LogisticLoss,
+    PoissonLoss,
+    SoftmaxLoss,
+    SparsemaxLoss,
+    SquaredLoss,
+)
 from conjopt.losses.reading import PotentialOf
 from conjopt.losses.recognise import potential_of
 
 __all__ = [
+    "EntmaxLoss",
     "FenchelYoungLoss",
     "LogisticLoss",
+    "PoissonLoss",
     "PotentialOf",
     "SoftmaxLoss",
+    "SparsemaxLoss",
     "SquaredLoss",
     "potential_of",
 ]

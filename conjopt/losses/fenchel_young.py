@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from conjopt.losses.reading import of_fenchel_young, working_dtype
-from conjopt.potentials import Logistic, Potential, Softmax, Squared
+from conjopt.potentials import Potential
 
-__all__ = ["FenchelYoungLoss", "LogisticLoss", "SoftmaxLoss", "SquaredLoss"]
+__all__ = ["FenchelYoungLoss"]
 
 
 class FenchelYoungLoss(nn.Module):
     """The loss `l(y, f) = Phi(y) + Phi*(f) - <y, f>` of a potential, with torch's layouts.
 
-    The value is `l` itself, which is 0 at the best output. torch's cross-entropy is `l` plus the
-    entropy of the (smoothed) target, so the two differ for soft targets and not for hard ones.
+    The value is `l` itself, which is 0 at the best output. The losses of torch are
+    `Phi*(f) - <y, f>`, that is `l` plus the entropy `-Phi(y)` of the (smoothed) target. For hard
+    class and 0/1 targets that is 0; `include_target_entropy=True` adds it for soft ones.
 
     Potentials on the simplex take outputs of shape `(C)`, `(N, C)` or `(N, C, d1, ...)` and
     targets that are either class indices, `(...)` the outputs' shape without `C`, or probabilities
@@ -23,21 +25,31 @@ class FenchelYoungLoss(nn.Module):
     elements of a sample are its `k` coordinates (`k = 1` for 1-d outputs; 0-d is one sample), and
     a loss term, summed over coordinates, belongs to each sample.
 
-    Targets are constants: no gradient flows to them. Their values are not checked, which would
-    synchronise a device. Half precision is computed in float32.
+    Targets are constants: no gradient flows to them. On the CPU their values are checked; on
+    another device, where that would wait for it, and in compiled code they are not. Half precision
+    is computed in float32, and the value is float32.
 
     Args:
         potential: The potential `Phi`.
+        weight: On the simplex a weight for each class, shape `(C)`, with torch's meaning: a hard
+            target weighs its term by the weight of its class, and the mean divides by the weights
+            of the targets; for probability or smoothed targets class `c` weighs `w_c y_c`. For
+            separable potentials weights of the elements that broadcast to the outputs, as in
+            torch's `BCEWithLogitsLoss`; the mean divides by the number of samples.
         ignore_index: Class index of the tokens that do not count.
         label_smoothing: Share of the uniform distribution mixed into class or probability
             targets, in `[0, 1]`.
-        reduction: `"mean"` over the terms that count (0 if none does), `"sum"`, or `"none"`, which
-            has the shape of class-index targets on the simplex and `(N)` otherwise.
+        reduction: `"mean"` over the terms that count (NaN if there are none, as in torch),
+            `"sum"`, or `"none"`, which has the shape of class-index targets on the simplex and
+            `(N)` otherwise.
+        include_target_entropy: Add `-Phi(y)`, so that the value is `Phi*(f) - <y, f>`.
 
     Raises:
-        ValueError: At construction for an unknown reduction, a smoothing outside of `[0, 1]`, or
-            class options for a potential that is not on the simplex; at a call for shapes or
-            types of outputs and targets that do not belong together.
+        ValueError: At construction for an unknown reduction, a smoothing outside of `[0, 1]`,
+            negative weights, or options that the potential has no meaning for; at a call for
+            shapes or types of outputs and targets that do not belong together, or targets outside
+            of the domain of `Phi`.
+        IndexError: At a call for a class index outside of `[0, C)` other than `ignore_index`.
 
     Reference:
         docs/theory.md, section 0.
@@ -54,13 +66,17 @@ class FenchelYoungLoss(nn.Module):
         tensor([0.4338, 0.0000])
     """
 
+    weight: Tensor | None
+
     def __init__(
         self,
         potential: Potential,
         *,
+        weight: Tensor | None = None,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         reduction: str = "mean",
+        include_target_entropy: bool = False,
     ) -> None:
         super().__init__()
         if reduction not in ("none", "mean", "sum"):
@@ -73,10 +89,14 @@ class FenchelYoungLoss(nn.Module):
                 f"targets, but {potential!r} is not on the simplex: leave them out, or smooth the "
                 "targets yourself."
             )
+        if weight is not None:
+            _check_weight(weight, potential)
         self.potential = potential
+        self.register_buffer("weight", weight)
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.reduction = reduction
+        self.include_target_entropy = include_target_entropy
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of the layouts that the class describes.
@@ -89,74 +109,78 @@ class FenchelYoungLoss(nn.Module):
             A scalar, or one value per term for `reduction="none"`; float32 or wider.
         """
         view = of_fenchel_young(self)
+        _check_outputs(outputs)
         view._check(outputs, targets)
+        if _can_look_at(targets):
+            self._check_targets(outputs, targets)
         losses = view._row_losses(outputs.to(working_dtype(outputs, targets)), targets)
+        if self.include_target_entropy:
+            losses = losses + view._entropy(outputs, targets).detach()
         if self.reduction == "none":
-            return losses.reshape(view._terms_shape(outputs))
-        return losses.sum() / view._divisor(outputs, targets).clamp(min=1)
+            return view._terms(losses, outputs)
+        divisor = view._divisor(outputs, targets)
+        counts = divisor > 0
+        return torch.where(counts, losses.sum() / torch.where(counts, divisor, 1), torch.nan)
+
+    def _check_targets(self, outputs: Tensor, targets: Tensor) -> None:
+        if self.potential.on_simplex and not targets.is_floating_point():
+            classes = outputs.shape[min(outputs.ndim - 1, 1)]
+            wrong = (targets < 0) | (targets >= classes)
+            wrong &= targets != self.ignore_index
+            if bool(wrong.any()):
+                raise IndexError(
+                    f"Got class index {int(targets[wrong][0])}: expected one in [0, {classes}) for "
+                    f"outputs of shape {tuple(outputs.shape)}, or ignore_index="
+                    f"{self.ignore_index}. Give the model as many outputs as there are classes."
+                )
+            return
+        rows = of_fenchel_young(self).rows(targets)
+        inside = self.potential.contains(rows if rows.is_floating_point() else rows.double())
+        if not bool(inside.all()):
+            raise ValueError(
+                f"Got the target {rows[~inside][0].tolist()}: expected points of the domain of "
+                f"{self.potential!r}"
+                + (
+                    ", that is probabilities whose sum over the classes is 1."
+                    if self.potential.on_simplex
+                    else "."
+                )
+            )
 
     def extra_repr(self) -> str:
         """Return the arguments, for `repr`."""
         smoothing = f", label_smoothing={self.label_smoothing}" if self.label_smoothing else ""
-        return f"{self.potential!r}{smoothing}, reduction={self.reduction!r}"
+        entropy = ", include_target_entropy=True" if self.include_target_entropy else ""
+        return f"{self.potential!r}{smoothing}, reduction={self.reduction!r}{entropy}"
 
 
-class SoftmaxLoss(FenchelYoungLoss):
-    """Kullback-Leibler divergence of the softmax of the outputs from the targets.
-
-    torch's cross-entropy less the entropy of the (smoothed) targets; the same for hard targets.
-    Layouts, arguments and errors: `FenchelYoungLoss` with the potential `Softmax`.
-
-    Example:
-        >>> import torch
-        >>> from conjopt.losses import SoftmaxLoss
-        >>> outputs = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
-        >>> SoftmaxLoss(label_smoothing=0.1)(outputs, torch.tensor([0, 1]))
-        tensor(0.0966)
-        >>> torch.nn.CrossEntropyLoss(label_smoothing=0.1)(outputs, torch.tensor([0, 1]))
-        tensor(0.2951)
-    """
-
-    def __init__(
-        self, *, ignore_index: int = -100, label_smoothing: float = 0.0, reduction: str = "mean"
-    ) -> None:
-        super().__init__(
-            Softmax(),
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            reduction=reduction,
+def _check_weight(weight: Tensor, potential: Potential) -> None:
+    if not (potential.on_simplex or potential.separable):
+        raise ValueError(
+            f"weight is given, but {potential!r} has no classes and its coordinates do not add up: "
+            "use reduction='none' and weigh the terms yourself."
+        )
+    if potential.on_simplex and weight.ndim != 1:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}: expected one weight for each class, shape "
+            "(C)."
+        )
+    if not weight.is_floating_point() or bool((weight < 0).any() | ~weight.isfinite().all()):
+        raise ValueError(
+            f"weight={weight}: expected finite floating-point numbers that are at least 0."
         )
 
 
-class SquaredLoss(FenchelYoungLoss):
-    """Half the squared error of a sample, summed over its coordinates.
-
-    The mean over samples is `k / 2` times torch's `MSELoss`. Layouts and errors:
-    `FenchelYoungLoss` with the potential `Squared`.
-
-    Example:
-        >>> import torch
-        >>> from conjopt.losses import SquaredLoss
-        >>> SquaredLoss()(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.zeros(2, 2))
-        tensor(6.2500)
-    """
-
-    def __init__(self, *, reduction: str = "mean") -> None:
-        super().__init__(Squared(), reduction=reduction)
+def _check_outputs(outputs: Tensor) -> None:
+    if not outputs.is_floating_point():
+        raise ValueError(
+            f"Got outputs of type {outputs.dtype}: expected floating-point outputs of a model; "
+            "the outputs come first and the targets second."
+        )
 
 
-class LogisticLoss(FenchelYoungLoss):
-    """Binary cross-entropy of a sample, summed over its coordinates, less the targets' entropy.
-
-    The mean over samples is `k` times torch's `BCEWithLogitsLoss` for hard targets. Layouts and
-    errors: `FenchelYoungLoss` with the potential `Logistic`.
-
-    Example:
-        >>> import torch
-        >>> from conjopt.losses import LogisticLoss
-        >>> LogisticLoss()(torch.tensor([[0.0, 2.0]]), torch.tensor([[0.0, 1.0]]))
-        tensor(0.8201)
-    """
-
-    def __init__(self, *, reduction: str = "mean") -> None:
-        super().__init__(Logistic(), reduction=reduction)
+def _can_look_at(targets: Tensor) -> bool:
+    """Whether values cost no synchronisation and are there to be seen."""
+    if targets.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(targets)

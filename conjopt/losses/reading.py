@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from conjopt.potentials import Potential, Softmax
 
@@ -21,6 +20,7 @@ __all__ = [
     "BinaryCrossEntropy",
     "ClassTargets",
     "MeanSquaredError",
+    "PoissonNegativeLogLikelihood",
     "PotentialOf",
     "of_fenchel_young",
     "working_dtype",
@@ -122,6 +122,9 @@ class PotentialOf(abc.ABC):
     @abc.abstractmethod
     def _terms_shape(self, outputs: Tensor) -> torch.Size: ...
 
+    def _terms(self, by_row: Tensor, outputs: Tensor) -> Tensor:
+        return by_row.reshape(self._terms_shape(outputs))
+
     @abc.abstractmethod
     def _check(self, outputs: Tensor, targets: Tensor) -> None: ...
 
@@ -170,18 +173,26 @@ class ClassTargets(PotentialOf):
         return self._gather(weight, targets).sum()
 
     def _row_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        hard = not targets.is_floating_point() and not self.criterion.label_smoothing
-        if hard and self.potential == Softmax():  # without an (R, C) matrix of targets
-            skip = self.criterion.ignore_index
-            losses = F.cross_entropy(outputs, targets.long(), ignore_index=skip, reduction="none")
-            return losses.reshape(-1)
-        return super()._row_losses(outputs, targets)
+        if targets.is_floating_point() or self.criterion.label_smoothing:
+            return super()._row_losses(outputs, targets)
+        index, _ = self._index(targets)  # without an (R, C) matrix of targets
+        losses = self.potential.class_loss(index, self.rows(outputs))
+        if getattr(self.criterion, "weight", None) is None:
+            return torch.where(self._index(targets)[1], losses, 0)
+        mass = self._mass(outputs, targets).detach()
+        return mass * torch.where(mass > 0, losses, 0)
 
     def _class_weight(self, outputs: Tensor, targets: Tensor) -> Tensor:  # (C,)
         dtype = working_dtype(outputs, targets)
         weight = getattr(self.criterion, "weight", None)
+        classes = outputs.shape[min(outputs.ndim - 1, 1)]
         if weight is None:
-            weight = outputs.new_ones(outputs.shape[min(outputs.ndim - 1, 1)])
+            return outputs.new_ones(classes, dtype=dtype)
+        if weight.shape != (classes,):
+            raise ValueError(
+                f"The criterion's weight has shape {tuple(weight.shape)}: expected one weight for "
+                f"each of the {classes} classes of outputs of shape {tuple(outputs.shape)}."
+            )
         return weight.to(dtype)
 
     def _index(self, targets: Tensor) -> tuple[Tensor, Tensor]:  # (R,) class, (R,) does it count
@@ -212,6 +223,9 @@ class ClassTargets(PotentialOf):
         return (1 - smoothing) * weight + smoothing * weight.mean()
 
     def _entropy(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if self.potential != Softmax():
+            points, mass = self._points(outputs, targets), self._mass(outputs, targets)
+            return mass * self.potential.generalized_entropy(points)
         entr = torch.special.entr  # s H(a / s) = sum_c entr(a_c) - entr(s)
         if targets.is_floating_point():
             a = self._coefficients(outputs, targets)
@@ -311,24 +325,63 @@ class BinaryCrossEntropy(_ValueTargets):
         return self.rows(torch.where(mass > 0, ones / mass, targets))
 
 
-class _FenchelYoungClasses(ClassTargets):
-    def _certain(self, targets: Tensor) -> bool:
-        return True
+class PoissonNegativeLogLikelihood(_ValueTargets):
+    """`torch.nn.PoissonNLLLoss` of logarithms of rates, whose mean runs over all elements."""
 
     def _entropy(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        y = self._points(outputs, targets)
+        entropy = self.potential.generalized_entropy(y)
+        if not self.criterion.full:
+            return entropy
+        many = torch.where(y > 1, y, 1)  # Stirling's formula is torch's above 1
+        log_factorial = torch.xlogy(many, many) - many + (2 * math.pi * many).log() / 2
+        return entropy + torch.where(y > 1, log_factorial, 0).sum(-1)
+
+
+class _FenchelYoungClasses(ClassTargets):
+    def _certain(self, targets: Tensor) -> bool:
+        return not self.criterion.include_target_entropy
+
+    def _entropy(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if self.criterion.include_target_entropy:
+            return super()._entropy(outputs, targets)
         return torch.zeros_like(self._mass(outputs, targets))
 
 
 class _FenchelYoungValues(_ValueTargets):
+    """Rows are single elements when these are weighed."""
+
+    def rows(self, outputs_like: Tensor) -> Tensor:
+        if self.criterion.weight is None:
+            return super().rows(outputs_like)
+        return outputs_like.reshape(-1, 1)
+
+    def _terms(self, by_row: Tensor, outputs: Tensor) -> Tensor:
+        if self.criterion.weight is None or outputs.ndim < 2:
+            return by_row.reshape(self._terms_shape(outputs))
+        return by_row.reshape(outputs.shape).flatten(1).sum(-1)
+
     def _unit(self, targets: Tensor) -> bool:
-        return bool(self.criterion.reduction == "mean")
+        return bool(self.criterion.reduction == "mean" and self.criterion.weight is None)
 
     def _certain(self, targets: Tensor) -> bool:
-        return True
+        return not self.criterion.include_target_entropy
+
+    def _mass(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if self.criterion.weight is None:
+            return super()._mass(outputs, targets)
+        like = outputs.to(working_dtype(outputs, targets))
+        return _expand(self.criterion.weight, like, "weight").reshape(-1)
+
+    def _entropy(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        mass = self._mass(outputs, targets)
+        if not self.criterion.include_target_entropy:
+            return torch.zeros_like(mass)
+        return mass * self.potential.generalized_entropy(self._points(outputs, targets))
 
     def _divisor(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        mass = self._mass(outputs, targets)
-        return mass.sum() if self.criterion.reduction == "mean" else mass.new_ones(())
+        count = math.prod(outputs.shape[:1]) if self.criterion.reduction == "mean" else 1
+        return outputs.new_full((), count, dtype=working_dtype(outputs, targets))
 
 
 def of_fenchel_young(criterion: Any) -> PotentialOf:

@@ -12,10 +12,11 @@ from conjopt.losses.reading import (
     BinaryCrossEntropy,
     ClassTargets,
     MeanSquaredError,
+    PoissonNegativeLogLikelihood,
     PotentialOf,
     of_fenchel_young,
 )
-from conjopt.potentials import Logistic, Softmax, Squared
+from conjopt.potentials import Logistic, Poisson, Softmax, Squared
 
 __all__ = ["potential_of"]
 
@@ -24,15 +25,17 @@ def potential_of(criterion: nn.Module) -> PotentialOf:
     """Recognise a criterion as weighted Fenchel-Young losses of one potential.
 
     Args:
-        criterion: `torch.nn.CrossEntropyLoss`, `MSELoss`, `BCEWithLogitsLoss`, a
-            `FenchelYoungLoss`, or a subclass of one of these that does not override `forward`.
+        criterion: `torch.nn.CrossEntropyLoss`, `MSELoss`, `BCEWithLogitsLoss`, `PoissonNLLLoss`
+            of logarithms of rates, a `FenchelYoungLoss`, or a subclass of one of these that does
+            not override `forward`.
 
     Returns:
         The potential with scale, offset, rows, weights and points of a batch.
 
     Raises:
         TypeError: For a criterion that is not recognised.
-        ValueError: For `reduction="none"`, and for negative class or element weights.
+        ValueError: For `reduction="none"`, negative class or element weights, and a
+            `PoissonNLLLoss` with `log_input=False`.
 
     Reference:
         docs/theory.md, section 0: autograd's output gradient is `scale * weights_r * e_r`.
@@ -61,6 +64,11 @@ def potential_of(criterion: nn.Module) -> PotentialOf:
             f"The criterion {criterion!r} has reduction='none', so how its terms are weighed is "
             "not known: use reduction='mean' or 'sum'."
         )
+    if kind is nn.PoissonNLLLoss and not criterion.log_input:
+        raise ValueError(
+            f"The criterion {criterion!r} reads its input as rates, which are no natural "
+            "parameters: let the model return their logarithms, and use log_input=True."
+        )
     for name in ("weight", "pos_weight"):
         weight = getattr(criterion, name, None)
         if weight is not None and bool((weight < 0).any()):
@@ -75,5 +83,6 @@ _RECOGNISED: dict[type[nn.Module], Callable[[Any], PotentialOf]] = {
     nn.CrossEntropyLoss: lambda criterion: ClassTargets(Softmax(), criterion),
     nn.MSELoss: lambda criterion: MeanSquaredError(Squared(), criterion),
     nn.BCEWithLogitsLoss: lambda criterion: BinaryCrossEntropy(Logistic(), criterion),
+    nn.PoissonNLLLoss: lambda criterion: PoissonNegativeLogLikelihood(Poisson(), criterion),
     FenchelYoungLoss: of_fenchel_young,
 }

@@ -43,6 +43,7 @@ class Potential(abc.ABC):
             norm, or `None` where there is none or it is not known.
         on_simplex: Whether the domain is the probability simplex. Residuals then lie in the
             tangent space `V` of vectors that sum to zero, and the losses take class targets.
+        separable: Whether `Phi` is a sum over coordinates of one function of one coordinate.
 
     Reference:
         docs/theory.md, section 0.
@@ -64,6 +65,7 @@ class Potential(abc.ABC):
 
     smoothness: float | None = None
     on_simplex: bool = False
+    separable: bool = False
 
     @abc.abstractmethod
     def value(self, y: Tensor) -> Tensor:

@@ -208,9 +208,10 @@ class _Fenchel(torch.autograd.Function):
             outside = torch.where(target > 0, target * (edge - g).clamp(min=0), 0)
             return (_divergence(target, p, a) + outside).sum(-1), p
         index = target.unsqueeze(-1)
-        others = power(p, a).clone().scatter_(-1, index, 0).sum(-1) / a
         hit = p.gather(-1, index)
         own = _divergence(torch.ones_like(hit), hit, a) + (edge - g.gather(-1, index)).clamp(min=0)
+        del g  # a matrix less at the peak
+        others = power(p, a).scatter_(-1, index, 0).sum(-1) / a
         return others + own.squeeze(-1), p
 
     @staticmethod
@@ -231,7 +232,7 @@ class _Fenchel(torch.autograd.Function):
             elif target.is_floating_point():
                 to_f = by_value * (p - target)
             else:
-                to_f = (by_value * p).scatter_add(-1, target.unsqueeze(-1), -by_value)
+                to_f = (by_value * p).scatter_add_(-1, target.unsqueeze(-1), -by_value)
             if f is not None:
                 to_target = by_value * (tsallis_log(target, ctx.order) - f)
         if by_link is not None:

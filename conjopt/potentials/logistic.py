@@ -36,6 +36,7 @@ class Logistic(Potential):
     """
 
     smoothness = 0.25
+    separable = True
 
     def value(self, y: Tensor) -> Tensor:
         """Return `sum_j y_j log y_j + (1 - y_j) log(1 - y_j)`, `(..., k) -> (...)`."""

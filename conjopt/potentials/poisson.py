@@ -28,6 +28,8 @@ class Poisson(Potential):
         tensor(0.2635)
     """
 
+    separable = True
+
     def value(self, y: Tensor) -> Tensor:
         """Return `sum_j y_j log y_j - y_j`, `(..., k) -> (...)`."""
         return -(torch.special.entr(y) + y).sum(-1)

@@ -25,6 +25,7 @@ class Squared(Potential):
     """
 
     smoothness = 1.0
+    separable = True
 
     def value(self, y: Tensor) -> Tensor:
         """Return `||y||^2 / 2`, `(..., k) -> (...)`."""

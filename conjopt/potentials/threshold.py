@@ -85,13 +85,13 @@ def _closed_form(g: Tensor, s: Tensor) -> Tensor:
 def power(y: Tensor, exponent: float) -> Tensor:
     """Return `y^exponent` for `y >= 0`, by cheaper functions where there are any."""
     if exponent == 1:
-        return y
+        return y.clone()
     if exponent == 2:
         return y * y
     if exponent == 0.5:
         return y.sqrt()
     if exponent == 1.5:
-        return y * y.sqrt()
+        return y.sqrt() * y
     return y**exponent
 
 
