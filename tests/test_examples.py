@@ -14,10 +14,14 @@ def test_every_example_is_tested():
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
         "ten_lines.py",
         "beyond_the_plain_loop.py",
+        "choosing_a_potential.py",
     }
 
 
-@pytest.mark.parametrize(("name", "least"), [("ten_lines", 95), ("beyond_the_plain_loop", 90)])
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("ten_lines", 95), ("beyond_the_plain_loop", 90), ("choosing_a_potential", 95)],
+)
 def test_example(name, least, tmp_path):
     run = subprocess.run(
         [sys.executable, "-W", "error", EXAMPLES / f"{name}.py"],
@@ -31,3 +35,10 @@ def test_example(name, least, tmp_path):
     assert accuracy > least
     assert "step size" in run.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_potentials_are_drawn(tmp_path):
+    script = EXAMPLES / "choosing_a_potential.py"
+    code = f"import runpy; runpy.run_path({str(script)!r})['draw']('potentials.png')"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=300)
+    assert (tmp_path / "potentials.png").stat().st_size > 20_000
