@@ -203,13 +203,14 @@ class _Fenchel(torch.autograd.Function):
         if target is None:  # f_j = tsallis_log(p_j) + s + top on the support
             entropy = (p * tsallis_log(p, a)).sum(-1) * ((a - 1) / a)
             return entropy + (s + top).squeeze(-1), p
-        edge = s - 1 / (a - 1)  # the outputs above it are in the support
+        edge = s - 1 / (a - 1)  # outputs above it are in the support, but for underflow
         if target.is_floating_point():
-            outside = torch.where(target > 0, target * (edge - g).clamp(min=0), 0)
+            outside = torch.where((target > 0) & (p == 0), target * (edge - g), 0)
             return (_divergence(target, p, a) + outside).sum(-1), p
         index = target.unsqueeze(-1)
         hit = p.gather(-1, index)
-        own = _divergence(torch.ones_like(hit), hit, a) + (edge - g.gather(-1, index)).clamp(min=0)
+        outside = torch.where(hit > 0, 0, edge - g.gather(-1, index))
+        own = _divergence(torch.ones_like(hit), hit, a) + outside
         del g  # a matrix less at the peak
         others = power(p, a).scatter_(-1, index, 0).sum(-1) / a
         return others + own.squeeze(-1), p

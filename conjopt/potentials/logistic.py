@@ -10,6 +10,7 @@ from conjopt.potentials.base import (
     Potential,
     positive_minimum,
     relative_entropy,
+    relative_entropy_to,
     surprise,
     surprise_below,
 )
@@ -56,11 +57,15 @@ class Logistic(Potential):
 
     def loss(self, y: Tensor, f: Tensor) -> Tensor:
         """Return `sum_j KL(y_j || sigmoid(f_j))`, `(..., k), (..., k) -> (...)`."""
-        return _divergence(y, logsigmoid(f), logsigmoid(-f))
+        log_y = torch.where(y > 0, y, 1).log()
+        log_rest = torch.where(y < 1, -y, 0).log1p()
+        ones = relative_entropy(y, log_y, logsigmoid(f))
+        zeros = relative_entropy(1 - y, log_rest, logsigmoid(-f))
+        return (ones + zeros).sum(-1)
 
     def divergence(self, y: Tensor, mean: Tensor) -> Tensor:
         """Return `sum_j KL(y_j || mean_j)`, `(..., k), (..., k) -> (...)`."""
-        return _divergence(y, mean.log(), (-mean).log1p())
+        return (relative_entropy_to(y, mean) + relative_entropy_to(1 - y, 1 - mean)).sum(-1)
 
     def contains(self, y: Tensor) -> Tensor:
         """Return whether all coordinates lie in `[0, 1]`, `(..., k) -> (...)`."""
@@ -85,12 +90,6 @@ class Logistic(Potential):
             ratio = (prediction - target).square() / spread
             upper = torch.minimum(upper, torch.where(spread > 0, ratio, torch.inf).log1p().sum(-1))
         return floor, upper
-
-
-def _divergence(y: Tensor, log_p: Tensor, log_rest: Tensor) -> Tensor:
-    ones = relative_entropy(y, torch.where(y > 0, y, 1).log(), log_p)
-    zeros = relative_entropy(1 - y, torch.where(y < 1, -y, 0).log1p(), log_rest)
-    return (ones + zeros).sum(-1)
 
 
 def _hard_supremum(norm: Tensor, count: Tensor) -> Tensor:

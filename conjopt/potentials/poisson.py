@@ -5,7 +5,12 @@ from typing import final
 import torch
 from torch import Tensor
 
-from conjopt.potentials.base import Potential, positive_minimum, relative_entropy
+from conjopt.potentials.base import (
+    Potential,
+    positive_minimum,
+    relative_entropy,
+    relative_entropy_to,
+)
 
 
 @final
@@ -52,7 +57,7 @@ class Poisson(Potential):
 
     def divergence(self, y: Tensor, mean: Tensor) -> Tensor:
         """Return `sum_j y_j log(y_j / mean_j) - y_j + mean_j`, `(..., k), (..., k) -> (...)`."""
-        return self.loss(y, mean.log())
+        return relative_entropy_to(y, mean).sum(-1)
 
     def contains(self, y: Tensor) -> Tensor:
         """Return whether all coordinates are finite and at least 0, `(..., k) -> (...)`."""

@@ -10,6 +10,7 @@ from conjopt.potentials.base import (
     Potential,
     largest_coordinate,
     relative_entropy,
+    relative_entropy_to,
     surprise,
     surprise_below,
 )
@@ -73,7 +74,7 @@ class Softmax(Potential):
 
     def divergence(self, y: Tensor, mean: Tensor) -> Tensor:
         """Return `KL(y || mean)`, `(..., k), (..., k) -> (...)`."""
-        return relative_entropy(y, torch.where(y > 0, y, 1).log(), mean.log()).sum(-1)
+        return relative_entropy_to(y, mean).sum(-1)
 
     def _bounds(
         self, norm: Tensor, target: Tensor, prediction: Tensor | None
