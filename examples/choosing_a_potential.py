@@ -1,7 +1,4 @@
-"""One network on digits under four potentials, and a picture of links, losses and Thm 2.2.
-
-    python examples/choosing_a_potential.py [--plot FILE]
-"""
+"""One network on digits under four potentials; with --plot, a picture of links and losses."""
 
 import argparse
 

@@ -3,6 +3,8 @@
 import copy
 import math
 import pickle
+import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -12,15 +14,19 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conjopt import ConjSGD
 from conjopt.losses import (
+    EntmaxLoss,
     FenchelYoungLoss,
     LogisticLoss,
+    PoissonLoss,
     PotentialOf,
     SoftmaxLoss,
+    SparsemaxLoss,
     SquaredLoss,
     potential_of,
 )
-from conjopt.potentials import Logistic, Softmax, Squared
+from conjopt.potentials import Poisson
 
 Instance = tuple[nn.Module, Tensor, Tensor]
 REDUCTIONS = st.sampled_from(["mean", "sum"])
@@ -69,11 +75,21 @@ def cross_entropies(draw: st.DrawFn) -> Instance:
     return criterion, outputs, targets
 
 
+CLASS_LOSSES = [SoftmaxLoss, SparsemaxLoss, EntmaxLoss, partial(EntmaxLoss, 1.25)]
+
+
 @st.composite
-def softmax_losses(draw: st.DrawFn) -> Instance:
+def class_losses(draw: st.DrawFn) -> Instance:
     outputs, targets, ignore_index = draw(class_batches())
-    criterion = SoftmaxLoss(
-        ignore_index=ignore_index, label_smoothing=draw(SMOOTHINGS), reduction=draw(REDUCTIONS)
+    weight = None
+    if draw(st.booleans()):  # some classes weigh nothing
+        weight = normal(outputs.shape[:2][-1:], draw(generators())).clamp(min=0)
+    criterion = draw(st.sampled_from(CLASS_LOSSES))(
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=draw(SMOOTHINGS),
+        reduction=draw(REDUCTIONS),
+        include_target_entropy=draw(st.booleans()),
     )
     return criterion, outputs, targets
 
@@ -86,36 +102,51 @@ def value_batches(draw: st.DrawFn) -> tuple[Tensor, Tensor, torch.Generator]:
 
 
 @st.composite
-def squared_errors(draw: st.DrawFn) -> Instance:
-    outputs, targets, _ = draw(value_batches())
-    kind = draw(st.sampled_from([nn.MSELoss, SquaredLoss]))
-    return kind(reduction=draw(REDUCTIONS)), outputs, targets
+def element_weights(draw: st.DrawFn, outputs: Tensor) -> Tensor | None:
+    """A weight that broadcasts to the outputs, with zeros, or none."""
+    if draw(st.booleans()):
+        return None
+    shape = outputs.shape[draw(st.integers(0, outputs.dim())) :]
+    shape = tuple(draw(st.sampled_from([1, n])) for n in shape)
+    if draw(st.booleans()):
+        return torch.ones(shape)
+    return normal(shape, draw(generators())).clamp(min=0)
+
+
+def counts(generator: torch.Generator, like: Tensor) -> Tensor:
+    return torch.randint(4, like.shape, generator=generator).to(like)
 
 
 @st.composite
-def binary_cross_entropies(draw: st.DrawFn) -> Instance:
+def torch_value_losses(draw: st.DrawFn) -> Instance:
     outputs, targets, generator = draw(value_batches())
+    kind, reduction = draw(st.sampled_from(["mse", "bce", "poisson"])), draw(REDUCTIONS)
+    if kind == "mse":
+        return nn.MSELoss(reduction=reduction), outputs, targets
+    if kind == "poisson":
+        criterion = nn.PoissonNLLLoss(full=draw(st.booleans()), reduction=reduction)
+        return criterion, outputs, counts(generator, outputs)
     targets = (targets > 0).double() if draw(st.booleans()) else targets.sigmoid()
-    if draw(st.booleans()):
-        return LogisticLoss(reduction=draw(REDUCTIONS)), outputs, targets
-
-    def weight() -> Tensor | None:
-        """Draw a broadcastable weight, with zeros, or none."""
-        if draw(st.booleans()):
-            return None
-        shape = outputs.shape[draw(st.integers(0, outputs.dim())) :]
-        shape = tuple(draw(st.sampled_from([1, n])) for n in shape)
-        return normal(shape, generator).clamp(min=0) if draw(st.booleans()) else torch.ones(shape)
-
-    criterion = nn.BCEWithLogitsLoss(
-        weight=weight(), pos_weight=weight(), reduction=draw(REDUCTIONS)
-    )
+    weight, pos_weight = draw(element_weights(outputs)), draw(element_weights(outputs))
+    criterion = nn.BCEWithLogitsLoss(weight, pos_weight=pos_weight, reduction=reduction)
     return criterion, outputs, targets
 
 
-INSTANCES = st.one_of(
-    cross_entropies(), softmax_losses(), squared_errors(), binary_cross_entropies()
-)
+@st.composite
+def value_losses(draw: st.DrawFn) -> Instance:
+    outputs, targets, generator = draw(value_batches())
+    keywords = {"weight": draw(element_weights(outputs)), "reduction": draw(REDUCTIONS)}
+    kind = draw(st.sampled_from([SquaredLoss, LogisticLoss, PoissonLoss]))
+    if kind is SquaredLoss:
+        return SquaredLoss(**keywords), outputs, targets
+    if kind is PoissonLoss:
+        targets = counts(generator, outputs) if draw(st.booleans()) else targets.exp()
+    else:
+        targets = (targets > 0).double() if draw(st.booleans()) else targets.sigmoid()
+    return kind(**keywords, include_target_entropy=draw(st.booleans())), outputs, targets
+
+
+INSTANCES = st.one_of(cross_entropies(), class_losses(), torch_value_losses(), value_losses())
 
 
 def reconstructed(view: PotentialOf, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -131,7 +162,7 @@ def test_criterion_is_scale_times_mean_loss_plus_offset(instance: Instance):
     criterion, outputs, targets = instance
     value, view = criterion(outputs, targets), potential_of(criterion)
     if value.isnan():  # torch's mean over nothing
-        assert (view.weights(outputs, targets) == 0).all()
+        assert criterion.label_smoothing or (view.weights(outputs, targets) == 0).all()
         assert view.scale(outputs, targets) == 1
         assert view.offset(outputs, targets) == 0
     else:
@@ -144,8 +175,8 @@ def test_criterion_is_scale_times_mean_loss_plus_offset(instance: Instance):
 def test_output_gradient_is_scale_times_weight_times_residual(instance: Instance):
     criterion, outputs, targets = instance
     view = potential_of(criterion)
+    assume(not criterion(outputs, targets).isnan())
     gradient = torch.func.grad(criterion)(outputs, targets)
-    assume(not gradient.isnan().any())
     residuals = view.potential.link(view.rows(outputs)) - view.points(outputs, targets)
     scale, weights = view.scale(outputs, targets), view.weights(outputs, targets)
     expected = scale * weights.unsqueeze(1) * residuals
@@ -162,10 +193,9 @@ def test_weights_and_points_are_valid(instance: Instance):
     total = weights.sum().item()
     assert total == 0 or total == pytest.approx(1, abs=1e-13)
     assert points.shape == view.rows(outputs).shape == (*weights.shape, points.shape[1])
-    if view.potential == Softmax():
+    if view.potential.on_simplex:
         assert_close(points.sum(-1), torch.ones_like(weights), rtol=1e-13, atol=0)
-    if view.potential != Squared():
-        assert ((points >= 0) & (points <= 1)).all()
+    assert view.potential.contains(points).all()
 
 
 @given(INSTANCES)
@@ -173,7 +203,7 @@ def test_weights_and_points_are_valid(instance: Instance):
 def test_rows_belong_to_the_samples_in_order(instance: Instance):
     criterion, outputs, _ = instance
     view = potential_of(criterion)
-    assume(outputs.dim() > (view.potential == Softmax()))  # else there is one sample
+    assume(outputs.dim() > view.potential.on_simplex)  # else there is one sample
     samples = len(outputs)
     owners = torch.arange(samples).view(-1, *[1] * (outputs.dim() - 1)).expand_as(outputs)
     rows = view.rows(owners)
@@ -240,22 +270,6 @@ def test_softmax_loss_is_cross_entropy_less_the_entropy_of_the_targets(
     assert_close(loss, cross_entropy - entropy, rtol=1e-12, atol=atol)
 
 
-@pytest.mark.parametrize(("loss", "criterion"), [(SquaredLoss, nn.MSELoss), (LogisticLoss, None)])
-def test_value_losses_against_torch(loss: type[FenchelYoungLoss], criterion: type | None):
-    criterion = criterion or nn.BCEWithLogitsLoss
-    unit = 2 if criterion is nn.MSELoss else 1
-    outputs = normal((4, 3, 2), torch.Generator().manual_seed(0))
-    targets = (outputs.roll(1) > 0).double()
-    total = criterion(reduction="sum")(outputs, targets) / unit
-    assert_close(loss(reduction="sum")(outputs, targets), total)
-    assert_close(loss()(outputs, targets), total / 4)
-    assert_close(loss(reduction="none")(outputs, targets).sum(), total)
-    assert loss(reduction="none")(outputs, targets).shape == (4,)
-    assert loss(reduction="none")(outputs[0, 0, 0], targets[0, 0, 0]).shape == ()
-    flat, flat_targets = outputs.flatten(), targets.flatten()
-    assert_close(loss()(flat, flat_targets), total / 24)
-
-
 def test_scale_and_offset_of_the_reductions():
     outputs, targets = torch.zeros(4, 3), torch.full((4, 3), 0.5)
     expected = [
@@ -265,6 +279,11 @@ def test_scale_and_offset_of_the_reductions():
         (nn.BCEWithLogitsLoss(reduction="sum"), 4, 12 * math.log(2)),
         (SquaredLoss(), 1, 0),
         (LogisticLoss(reduction="sum"), 4, 0),
+        (LogisticLoss(include_target_entropy=True), 1, 3 * math.log(2)),
+        (SquaredLoss(weight=torch.tensor([1.0, 2.0, 0.0])), 3, 0),
+        (nn.PoissonNLLLoss(), 1 / 3, (1 + math.log(2)) / 2),
+        (nn.PoissonNLLLoss(reduction="sum"), 4, 6 * (1 + math.log(2))),
+        (PoissonLoss(), 1, 0),
     ]
     for criterion, scale, offset in expected:
         view = potential_of(criterion)
@@ -301,101 +320,106 @@ def test_where_nothing_counts_loss_and_gradient_are_those_of_torch(reduction: st
     assert empty_loss.isnan() if reduction == "mean" else empty_loss == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_computed_in_float32(dtype: torch.dtype):
-    outputs = torch.tensor([[8.0, 1.0], [0.5, -4.0]], dtype=dtype, requires_grad=True)
-    probabilities = torch.tensor([[0.75, 0.25], [0.5, 0.5]], dtype=dtype)
-    for criterion in (SoftmaxLoss(), SquaredLoss(), LogisticLoss()):
-        loss = criterion(outputs, probabilities)
-        assert loss.dtype == torch.float32
-        assert_close(loss, criterion(outputs.float(), probabilities.float()))
-        assert torch.autograd.grad(loss, outputs)[0].dtype == dtype
-        view = potential_of(criterion)
-        assert view.points(outputs, probabilities).dtype == torch.float32
-        assert view.scale(outputs, probabilities).dtype == torch.float32
+def test_stirlings_formula_is_in_the_offset():
+    outputs, targets = torch.zeros(4, 1), torch.tensor([[0.0], [1.0], [2.0], [7.0]])
+    plain, full = (potential_of(nn.PoissonNLLLoss(full=full)) for full in (False, True))
+    difference = full.offset(outputs, targets) - plain.offset(outputs, targets)
+    exact = (math.lgamma(3) + math.lgamma(8)) / 4
+    assert difference.item() == pytest.approx(exact, abs=0.02)
 
 
-def test_recognition_of_subclasses():
-    class Renamed(nn.CrossEntropyLoss):
-        pass
-
-    class Changed(nn.CrossEntropyLoss):
-        def forward(self, input: Tensor, target: Tensor) -> Tensor:
-            return 2 * super().forward(input, target)
-
-    assert potential_of(Renamed()).potential == Softmax()
-    assert potential_of(FenchelYoungLoss(Logistic())).potential == Logistic()
-    patched = nn.CrossEntropyLoss()
-    patched.forward = lambda input, target: input.sum()
-    for criterion in (Changed(), patched, nn.L1Loss(), nn.functional.mse_loss):
-        with pytest.raises(TypeError, match=r"CrossEntropyLoss, MSELoss.*Use one"):
-            potential_of(criterion)
+@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), SoftmaxLoss(), SparsemaxLoss()])
+def test_probabilities_need_not_sum_to_one_exactly(criterion: nn.Module):
+    outputs = normal((4, 3), torch.Generator().manual_seed(0)).float()
+    targets = normal((4, 3), torch.Generator().manual_seed(1)).softmax(-1).bfloat16()
+    if isinstance(criterion, nn.CrossEntropyLoss):  # torch takes anything
+        targets = 1.5 * targets.float()
+    else:
+        assert (targets.float().sum(-1) != 1).any()
+    view, value = potential_of(criterion), criterion(outputs, targets)
+    assert_close(reconstructed(view, outputs, targets), value)
+    assert view.scale(outputs, targets) != 1
 
 
-@pytest.mark.parametrize("kind", [nn.CrossEntropyLoss, nn.MSELoss, SoftmaxLoss])
-def test_unreduced_criteria_are_refused(kind: type[nn.Module]):
-    with pytest.raises(ValueError, match=r"reduction='none'.*use reduction='mean' or 'sum'"):
-        potential_of(kind(reduction="none"))
-
-
-def test_negative_weights_are_refused():
-    for criterion in (
-        nn.CrossEntropyLoss(weight=torch.tensor([1.0, -1.0])),
-        nn.BCEWithLogitsLoss(pos_weight=torch.tensor([-1.0])),
-    ):
-        with pytest.raises(ValueError, match="weight has negative entries"):
-            potential_of(criterion)
-
-
-@pytest.mark.parametrize(
-    ("criterion", "targets"),
-    [
-        (SquaredLoss(), torch.zeros(4)),
-        (LogisticLoss(), torch.zeros(4, 1)),
-        (SoftmaxLoss(), torch.zeros(4)),
-        (SoftmaxLoss(), torch.zeros(4, 3, dtype=torch.long)),
-        (SoftmaxLoss(), torch.zeros(4, 2)),
-        (nn.MSELoss(), torch.zeros(4)),
-        (nn.BCEWithLogitsLoss(), torch.zeros(4, 1)),
-        (nn.CrossEntropyLoss(), torch.zeros(3, dtype=torch.long)),
-    ],
-)
-def test_mismatched_targets_are_refused(criterion: nn.Module, targets: Tensor):
-    outputs, view = torch.zeros(4, 3), potential_of(criterion)
-    calls = [view.scale, view.offset, view.weights, view.points]
-    for call in calls + [criterion] * isinstance(criterion, FenchelYoungLoss):
-        with pytest.raises(ValueError, match=r"outputs of shape \(4, 3\) with targets of shape"):
-            call(outputs, targets)
-
-
-def test_weights_that_do_not_broadcast_are_refused():
-    view = potential_of(nn.BCEWithLogitsLoss(pos_weight=torch.ones(2)))
-    with pytest.raises(ValueError, match=r"pos_weight of shape \(2,\) does not broadcast"):
-        view.weights(torch.zeros(4, 3), torch.zeros(4, 3))
-
-
-@pytest.mark.parametrize(
-    ("keywords", "message"),
-    [
-        ({"reduction": "average"}, "reduction='average': expected 'none', 'mean' or 'sum'"),
-        ({"label_smoothing": 1.5}, r"label_smoothing=1.5: expected a number in \[0, 1\]"),
-    ],
-)
-def test_bad_arguments_are_refused(keywords: dict, message: str):
-    with pytest.raises(ValueError, match=message):
-        SoftmaxLoss(**keywords)
-
-
-@pytest.mark.parametrize("keywords", [{"label_smoothing": 0.1}, {"ignore_index": 0}])
-def test_class_options_need_a_potential_on_the_simplex(keywords: dict):
-    with pytest.raises(ValueError, match=r"Squared\(\) is not on the simplex"):
-        FenchelYoungLoss(Squared(), **keywords)
+def test_targets_below_zero_by_rounding_are_taken_for_zero():
+    outputs = torch.tensor([[0.0, 1.0, -1.0]])
+    rounded, exact = torch.tensor([[-1e-8, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.0]])
+    for kind in CLASS_LOSSES:
+        for entropy in (False, True):
+            criterion = kind(include_target_entropy=entropy)
+            assert_close(criterion(outputs, rounded), criterion(outputs, exact))
+            assert potential_of(criterion).points(outputs, rounded).min() == 0
+    assert potential_of(nn.CrossEntropyLoss()).offset(outputs, rounded).abs() < 1e-6
 
 
 def test_losses_are_ordinary_modules():
     loss = SoftmaxLoss(label_smoothing=0.1, reduction="sum")
-    outputs, targets = torch.tensor([[1.0, 2.0]]), torch.tensor([0])
-    twin = pickle.loads(pickle.dumps(copy.deepcopy(loss)))
-    assert twin(outputs, targets) == loss(outputs, targets)
     assert repr(loss) == "SoftmaxLoss(Softmax(), label_smoothing=0.1, reduction='sum')"
     assert repr(SquaredLoss()) == "SquaredLoss(Squared(), reduction='mean')"
+    loss = PoissonLoss(include_target_entropy=True)
+    assert repr(loss) == "PoissonLoss(Poisson(), reduction='mean', include_target_entropy=True)"
+    assert repr(EntmaxLoss(1.25)) == "EntmaxLoss(Entmax(order=1.25), reduction='mean')"
+    assert loss.state_dict() == {}
+    assert list(loss.parameters()) == []
+
+
+@pytest.mark.parametrize("kind", [*CLASS_LOSSES, SquaredLoss, LogisticLoss, PoissonLoss])
+@pytest.mark.parametrize("weight", [None, torch.tensor([0.5, 2.0])])
+def test_copies_give_the_same_loss(kind: type[FenchelYoungLoss], weight: Tensor | None):
+    loss = kind(weight=weight, reduction="sum")
+    outputs = torch.tensor([[1.0, 2.0]])
+    targets = torch.tensor([0]) if loss.potential.on_simplex else torch.tensor([[1.0, 0.0]])
+    value = loss(outputs, targets)
+    for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss)), loss.double()):
+        assert twin(outputs, targets) == value
+    assert loss(outputs.double(), targets).dtype == torch.float64
+    if loss.potential.on_simplex or weight is not None:
+        return
+    loss(outputs, targets.int())  # integer values are values
+
+
+def test_a_weight_is_a_buffer():
+    loss, other = SoftmaxLoss(weight=torch.tensor([0.5, 2.0])), SoftmaxLoss(weight=torch.ones(2))
+    assert list(loss.state_dict()) == ["weight"]
+    other.load_state_dict(loss.state_dict())
+    outputs, targets = torch.tensor([[1.0, 2.0], [0.5, 0.0]]), torch.tensor([0, 1])
+    assert other(outputs, targets) == loss(outputs, targets)
+    assert other.double().weight.dtype == torch.float64
+    assert other(outputs, targets).dtype == torch.float32
+    assert other.to("meta")(outputs.to("meta"), targets.to("meta")).device.type == "meta"
+
+
+TRAINING = [
+    SparsemaxLoss(),
+    EntmaxLoss(),
+    EntmaxLoss(1.25, label_smoothing=0.1),
+    SoftmaxLoss(weight=torch.tensor([0.5, 1.0, 2.0])),
+    PoissonLoss(),
+    nn.PoissonNLLLoss(),
+    LogisticLoss(weight=torch.tensor([0.5, 1.0, 2.0]), include_target_entropy=True),
+]
+
+
+@pytest.mark.parametrize("criterion", TRAINING, ids=str)
+@pytest.mark.parametrize("direction", ["spectral", "sgd"])
+def test_the_optimizer_trains_with_them(criterion: nn.Module, direction: str):
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    x = torch.randn(32, 4, generator=generator)
+    potential = potential_of(criterion).potential
+    y = x[:, :3].argmax(1)
+    if not potential.on_simplex:
+        y = x[:, :3].exp().round() if potential == Poisson() else (x[:, :3] > 0).float()
+    optimizer = ConjSGD(model.parameters(), model=model, loss=criterion, direction=direction)
+    losses = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(15):
+            optimizer.zero_grad()
+            loss = criterion(model(x), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert all(map(math.isfinite, losses))
+    assert losses[-1] < losses[0] - 0.05 * abs(losses[0])

@@ -45,6 +45,7 @@ class FenchelYoungLoss(nn.Module):
         include_target_entropy: Add `-Phi(y)`, so that the value is `Phi*(f) - <y, f>`.
 
     Raises:
+        TypeError: For a potential, a weight, outputs or targets of another type.
         ValueError: At construction for an unknown reduction, a smoothing outside of `[0, 1]`,
             negative weights, or options that the potential has no meaning for; at a call for
             shapes or types of outputs and targets that do not belong together, or targets outside
@@ -79,6 +80,11 @@ class FenchelYoungLoss(nn.Module):
         include_target_entropy: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(potential, Potential):
+            raise TypeError(
+                f"potential={potential!r}: expected an instance of a Potential, such as "
+                "conjopt.potentials.Softmax()."
+            )
         if reduction not in ("none", "mean", "sum"):
             raise ValueError(f"reduction={reduction!r}: expected 'none', 'mean' or 'sum'.")
         if not 0 <= label_smoothing <= 1:
@@ -109,7 +115,7 @@ class FenchelYoungLoss(nn.Module):
             A scalar, or one value per term for `reduction="none"`; float32 or wider.
         """
         view = of_fenchel_young(self)
-        _check_outputs(outputs)
+        _check_types(outputs, targets)
         view._check(outputs, targets)
         if _can_look_at(targets):
             self._check_targets(outputs, targets)
@@ -118,9 +124,8 @@ class FenchelYoungLoss(nn.Module):
             losses = losses + view._entropy(outputs, targets).detach()
         if self.reduction == "none":
             return view._terms(losses, outputs)
-        divisor = view._divisor(outputs, targets)
-        counts = divisor > 0
-        return torch.where(counts, losses.sum() / torch.where(counts, divisor, 1), torch.nan)
+        divisor = view._divisor(outputs, targets).detach()
+        return torch.where(divisor > 0, losses.sum(), 0) / divisor  # NaN, with a gradient of 0
 
     def _check_targets(self, outputs: Tensor, targets: Tensor) -> None:
         if self.potential.on_simplex and not targets.is_floating_point():
@@ -134,17 +139,20 @@ class FenchelYoungLoss(nn.Module):
                     f"{self.ignore_index}. Give the model as many outputs as there are classes."
                 )
             return
-        rows = of_fenchel_young(self).rows(targets)
-        inside = self.potential.contains(rows if rows.is_floating_point() else rows.double())
-        if not bool(inside.all()):
+        if self.potential.on_simplex and self.ignore_index >= 0:
             raise ValueError(
-                f"Got the target {rows[~inside][0].tolist()}: expected points of the domain of "
-                f"{self.potential!r}"
-                + (
-                    ", that is probabilities whose sum over the classes is 1."
-                    if self.potential.on_simplex
-                    else "."
-                )
+                f"ignore_index={self.ignore_index} is given with probability targets, which have "
+                "no class index: leave it out, or weigh the terms of reduction='none'."
+            )
+        rows = of_fenchel_young(self).rows(targets)
+        inside = self.potential.contains(rows)
+        if not bool(inside.all()):
+            wrong = rows[~inside][0].flatten()
+            shown = ", ".join(f"{float(value):.6g}" for value in wrong[:6])
+            raise ValueError(
+                f"Got the target [{shown}{', ...' if len(wrong) > 6 else ''}] of sum "
+                f"{float(wrong.sum()):.6g}: expected {self.potential.domain}, the domain of "
+                f"{self.potential!r}."
             )
 
     def extra_repr(self) -> str:
@@ -155,6 +163,8 @@ class FenchelYoungLoss(nn.Module):
 
 
 def _check_weight(weight: Tensor, potential: Potential) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight={weight!r}: expected a tensor; use torch.tensor(...).")
     if not (potential.on_simplex or potential.separable):
         raise ValueError(
             f"weight is given, but {potential!r} has no classes and its coordinates do not add up: "
@@ -171,7 +181,12 @@ def _check_weight(weight: Tensor, potential: Potential) -> None:
         )
 
 
-def _check_outputs(outputs: Tensor) -> None:
+def _check_types(outputs: Tensor, targets: Tensor) -> None:
+    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        raise TypeError(
+            f"Got outputs of type {type(outputs).__name__} and targets of type "
+            f"{type(targets).__name__}: expected tensors; use torch.as_tensor(...)."
+        )
     if not outputs.is_floating_point():
         raise ValueError(
             f"Got outputs of type {outputs.dtype}: expected floating-point outputs of a model; "

@@ -131,7 +131,7 @@ class PotentialOf(abc.ABC):
     def _row_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:  # (R,) mass times loss
         losses = self.potential.loss(self.points(outputs, targets), self.rows(outputs))
         mass = self._mass(outputs, targets).detach()
-        return mass * torch.where(mass > 0, losses, 0)
+        return torch.where(mass > 0, mass * losses, 0)  # also for the gradient of 0 / 0
 
 
 class ClassTargets(PotentialOf):
@@ -165,22 +165,24 @@ class ClassTargets(PotentialOf):
         return not targets.is_floating_point() and not self.criterion.label_smoothing
 
     def _divisor(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        weight = self._class_weight(outputs, targets)
+        like = outputs.new_empty((), dtype=working_dtype(outputs, targets))
         if self.criterion.reduction != "mean":
-            return weight.new_ones(())
+            return like.new_ones(())
         if targets.is_floating_point():
-            return weight.new_full((), self._terms_shape(outputs).numel())
-        return self._gather(weight, targets).sum()
+            return like.new_full((), self._terms_shape(outputs).numel())
+        if getattr(self.criterion, "weight", None) is None:
+            return (targets != self.criterion.ignore_index).sum().to(like.dtype)
+        return self._gather(self._class_weight(outputs, targets), targets).sum()
 
     def _row_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if targets.is_floating_point() or self.criterion.label_smoothing:
             return super()._row_losses(outputs, targets)
-        index, _ = self._index(targets)  # without an (R, C) matrix of targets
+        index, counts = self._index(targets)  # without an (R, C) matrix of targets
         losses = self.potential.class_loss(index, self.rows(outputs))
         if getattr(self.criterion, "weight", None) is None:
-            return torch.where(self._index(targets)[1], losses, 0)
+            return torch.where(counts, losses, 0)
         mass = self._mass(outputs, targets).detach()
-        return mass * torch.where(mass > 0, losses, 0)
+        return torch.where(mass > 0, mass * losses, 0)
 
     def _class_weight(self, outputs: Tensor, targets: Tensor) -> Tensor:  # (C,)
         dtype = working_dtype(outputs, targets)
@@ -211,7 +213,8 @@ class ClassTargets(PotentialOf):
         else:
             classes = torch.arange(len(weight), device=weight.device)
             shares = (self._index(targets)[0].unsqueeze(1) == classes).to(weight.dtype)
-        return weight * ((1 - smoothing) * shares + smoothing / len(weight))
+        mixed = (1 - smoothing) * shares + smoothing / len(weight)
+        return weight * mixed.clamp(min=0)  # rounding may leave probabilities just below 0
 
     def _mass(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if targets.is_floating_point():

@@ -43,6 +43,7 @@ class Potential(abc.ABC):
             norm, or `None` where there is none or it is not known.
         on_simplex: Whether the domain is the probability simplex. Residuals then lie in the
             tangent space `V` of vectors that sum to zero, and the losses take class targets.
+        domain: The domain of `Phi` in words, for messages.
         separable: Whether `Phi` is a sum over coordinates of one function of one coordinate.
 
     Reference:
@@ -66,6 +67,7 @@ class Potential(abc.ABC):
     smoothness: float | None = None
     on_simplex: bool = False
     separable: bool = False
+    domain: str = "a finite value of the potential"
 
     @abc.abstractmethod
     def value(self, y: Tensor) -> Tensor:
@@ -190,7 +192,9 @@ class Potential(abc.ABC):
         return -self.value(y)
 
     def contains(self, y: Tensor) -> Tensor:
-        """Return whether points lie in the domain of `Phi`, up to the rounding of their dtype.
+        """Return whether points lie in the domain of `Phi`.
+
+        On the simplex their sum may be off by 0.01, or by the rounding of a shorter dtype.
 
         Args:
             y: Points, shape `(..., k)`.
@@ -198,10 +202,12 @@ class Potential(abc.ABC):
         Returns:
             Booleans, shape `(...)`.
         """
+        y = y if y.is_floating_point() else y.to(WORK)
         finite = torch.isfinite(y).all(-1)
         if not self.on_simplex:
             return finite & torch.isfinite(self.value(y.to(torch.promote_types(y.dtype, WORK))))
-        slack = math.sqrt(torch.finfo(y.dtype).eps)
+        # Generous, as mixtures are often computed in half precision before they come here.
+        slack = max(0.01, math.sqrt(torch.finfo(y.dtype).eps))
         total = y.sum(-1, dtype=torch.promote_types(y.dtype, WORK))
         return finite & (y >= -slack).all(-1) & ((total - 1).abs() <= slack)
 
@@ -273,7 +279,7 @@ def relative_entropy_to(y: Tensor, p: Tensor) -> Tensor:
     base = torch.where(positive, y, 1)
     step = torch.where(positive, (p - y) / base, 0)
     far = step < -0.5
-    log_ratio = torch.where(far, (p / base).log(), torch.where(far, 0, step).log1p())
+    log_ratio = torch.where(far, p.log() - base.log(), torch.where(far, 0, step).log1p())
     return torch.where(positive, y * (step - log_ratio), p)
 
 

@@ -44,6 +44,7 @@ class Entmax(Potential):
 
     smoothness = 1.0
     on_simplex = True
+    domain = "probabilities that sum to 1 over the classes"
     order: float
 
     def __init__(self, order: float = 1.5) -> None:
@@ -169,7 +170,7 @@ def _divergence(y: Tensor, mean: Tensor, a: float) -> Tensor:
     safe, base = torch.where(both, y, 1), torch.where(both, mean, 1)
     step = (safe - base) / base
     near = step.abs() < 0.5
-    d = torch.where(near, torch.where(near, step, 0).log1p(), (safe / base).log())
+    d = torch.where(near, torch.where(near, step, 0).log1p(), safe.log() - base.log())
     inner = power(base, a - 1) * (safe * torch.expm1((a - 1) * d) / (a - 1) - (safe - base))
     return torch.where(both, inner, torch.where(y > 0, power(y, a) / (a - 1), power(mean, a))) / a
 

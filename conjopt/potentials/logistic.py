@@ -38,6 +38,7 @@ class Logistic(Potential):
 
     smoothness = 0.25
     separable = True
+    domain = "numbers in [0, 1]"
 
     def value(self, y: Tensor) -> Tensor:
         """Return `sum_j y_j log y_j + (1 - y_j) log(1 - y_j)`, `(..., k) -> (...)`."""

@@ -34,6 +34,7 @@ class Poisson(Potential):
     """
 
     separable = True
+    domain = "finite numbers that are at least 0"
 
     def value(self, y: Tensor) -> Tensor:
         """Return `sum_j y_j log y_j - y_j`, `(..., k) -> (...)`."""

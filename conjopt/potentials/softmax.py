@@ -41,6 +41,7 @@ class Softmax(Potential):
 
     smoothness = 0.5
     on_simplex = True
+    domain = "probabilities that sum to 1 over the classes"
 
     def value(self, y: Tensor) -> Tensor:
         """Return `sum_j y_j log y_j`, `(..., k) -> (...)`."""

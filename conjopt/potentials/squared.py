@@ -26,6 +26,7 @@ class Squared(Potential):
 
     smoothness = 1.0
     separable = True
+    domain = "finite numbers"
 
     def value(self, y: Tensor) -> Tensor:
         """Return `||y||^2 / 2`, `(..., k) -> (...)`."""

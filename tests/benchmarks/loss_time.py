@@ -57,8 +57,9 @@ def bisections(order: float) -> int:
         float((entmax_bisect(outputs, order, n_iter=steps) - exact).abs().max())
         for steps in range(1, 51)
     ]
-    print(f"Greatest error of a link at order {order}: ours {ours:.1e}, bisection {min(errors):.1e}")
-    return 1 + next(i for i, error in enumerate(errors) if error <= max(ours, 1.1 * min(errors)))
+    best = min(errors)
+    print(f"Greatest error of a link at order {order}: ours {ours:.1e}, bisection {best:.1e}")
+    return 1 + next(i for i, error in enumerate(errors) if error <= max(ours, 1.1 * best))
 
 
 def pairs() -> dict[str, tuple[Callable, Callable]]:
