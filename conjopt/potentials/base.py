@@ -278,9 +278,10 @@ def relative_entropy_to(y: Tensor, p: Tensor) -> Tensor:
     positive = y > 0
     base = torch.where(positive, y, 1)
     step = torch.where(positive, (p - y) / base, 0)
-    far = step < -0.5
-    log_ratio = torch.where(far, p.log() - base.log(), torch.where(far, 0, step).log1p())
-    return torch.where(positive, y * (step - log_ratio), p)
+    near = step.abs() <= 0.5
+    close = y * (torch.where(near, step, 0) - torch.where(near, step, 0).log1p())
+    far = p - y - y * (p.log() - base.log())
+    return torch.where(positive, torch.where(near, close, far), p)
 
 
 def relative_entropy(y: Tensor, log_y: Tensor, log_p: Tensor) -> Tensor:

@@ -18,8 +18,10 @@ class Entmax(Potential):
     best constant for all `k` at once. Logits of `-inf` (masked classes) have probability 0.
 
     Values and gradients are exact to rounding at every order, and the conjugate, the link and the
-    loss are differentiable in `f` as often as one likes; where the support of the link changes,
-    derivatives of the link are those of one side.
+    loss are differentiable in `f` as often as one likes, but not in forward mode twice (torch takes
+    the second derivative of any custom function for 0 there). Where the support of the link
+    changes, derivatives of the link are those of one side. Derivatives of the loss in the target
+    hold along the simplex.
 
     Args:
         order: The order `a`, in (1, 2].
@@ -109,12 +111,12 @@ class Entmax(Potential):
         else:
             off = square
         bound = ((square - off) * steep + spread * off ** (a / 2)) / a
-        upper = torch.where(room > 0, bound, torch.inf)
+        upper = torch.where(room > 8 * torch.finfo(room.dtype).eps, bound, torch.inf)
         upper = torch.where(target.amax(-1) == 1, torch.minimum(upper, _hard_upper(rho, a)), upper)
         if prediction is not None:
             inside = ((target == 0) | (prediction > 0)).all(-1)
             support = torch.where(prediction > 0, prediction, 1)
-            terms = (prediction - target).square() * support ** (a - 2)
+            terms = ((prediction - target) * support ** (a / 2 - 1)).square()
             direct = torch.where(prediction > 0, terms, 0).sum(-1) / a
             upper = torch.where(inside, torch.minimum(upper, direct), upper)
         return lower, upper
@@ -152,27 +154,30 @@ def _hard_upper(rho: Tensor, a: float) -> Tensor:
     p = (1 - rho).clamp(min=0)
     y = torch.ones_like(p)
     loss = _divergence(y, p, a) + rho**a / a
-    return torch.where(rho < 1, loss, torch.inf)
+    return torch.where(rho < 1 - 8 * torch.finfo(rho.dtype).eps, loss, torch.inf)
 
 
-def _divergence(y: Tensor, mean: Tensor, a: float) -> Tensor:
+def _divergence(y: Tensor, mean: Tensor, a: float, log_mean: Tensor | None = None) -> Tensor:
     """Return the terms of the Bregman divergence, non-negative and without cancellation.
 
-    They are `m^(a - 1) [y E - (y - m)] / a` with `E = ((y / m)^(a - 1) - 1) / (a - 1)`, and
-    `y^a / (a (a - 1))` where `m = 0`.
+    With `L` the Tsallis logarithm they are `[y (L(y) - L(m)) - m^(a - 1) (y - m)] / a`. `L(m)` is
+    finite where `m` underflows; where `m` is near `y` the difference is taken by `expm1`.
     """
     if a == 2:
         return (y - mean).square() / 2
     if a == 1.5:
         root, other = y.sqrt(), mean.sqrt()
         return (root - other).square() * (2 * root + other) / 1.5
-    both = (y > 0) & (mean > 0)
-    safe, base = torch.where(both, y, 1), torch.where(both, mean, 1)
-    step = (safe - base) / base
-    near = step.abs() < 0.5
-    d = torch.where(near, torch.where(near, step, 0).log1p(), safe.log() - base.log())
-    inner = power(base, a - 1) * (safe * torch.expm1((a - 1) * d) / (a - 1) - (safe - base))
-    return torch.where(both, inner, torch.where(y > 0, power(y, a) / (a - 1), power(mean, a))) / a
+    if log_mean is None:
+        log_mean = tsallis_log(mean, a)
+    x = 1 + (a - 1) * log_mean
+    far = y * (tsallis_log(y, a) - log_mean) - x * (y - mean)
+    near = (y > 0) & ((y - mean).abs() < mean / 2)
+    base = torch.where(near, mean, 1)
+    step = torch.where(near, y - mean, 0)
+    rise = torch.expm1((a - 1) * (step / base).log1p()) / (a - 1)
+    close = power(base, a - 1) * (torch.where(near, y, 1) * rise - step)
+    return torch.where(near, close, far) / a
 
 
 def _jacobian_product(p: Tensor, v: Tensor, a: float) -> Tensor:
@@ -187,8 +192,9 @@ def _jacobian_product(p: Tensor, v: Tensor, a: float) -> Tensor:
 
 def _fenchel(f: Tensor, target: Tensor | None, order: float) -> tuple[Tensor, Tensor]:
     # torch.compile refuses functions with a rule for forward mode.
-    kind = _Fenchel if torch.compiler.is_compiling() else _FenchelWithForwardMode
-    return kind.apply(f, target, order)
+    if torch.compiler.is_compiling():
+        return _Fenchel.apply(f, target, float.fromhex(order.hex()))
+    return _FenchelWithForwardMode.apply(f, target, order)
 
 
 class _Fenchel(torch.autograd.Function):
@@ -201,17 +207,17 @@ class _Fenchel(torch.autograd.Function):
     @staticmethod
     def forward(f: Tensor, target: Tensor | None, a: float) -> tuple[Tensor, Tensor]:
         p, g, s, top = solve(f, a)
-        if target is None:  # f_j = tsallis_log(p_j) + s + top on the support
-            entropy = (p * tsallis_log(p, a)).sum(-1) * ((a - 1) / a)
-            return entropy + (s + top).squeeze(-1), p
-        edge = s - 1 / (a - 1)  # outputs above it are in the support, but for underflow
+        if target is None:  # stationary in s: rounding of s does not matter
+            return ((p * power(p, a - 1)).sum(-1) - 1) / a + (s + top).squeeze(-1), p
+        edge = s - 1 / (a - 1)  # the outputs above it are in the support
         if target.is_floating_point():
-            outside = torch.where((target > 0) & (p == 0), target * (edge - g), 0)
-            return (_divergence(target, p, a) + outside).sum(-1), p
+            outside = torch.where(target > 0, target * (edge - g).clamp(min=0), 0)
+            return (_divergence(target, p, a, (g - s).clamp(min=-1 / (a - 1))) + outside).sum(-1), p
         index = target.unsqueeze(-1)
         hit = p.gather(-1, index)
-        outside = torch.where(hit > 0, 0, edge - g.gather(-1, index))
-        own = _divergence(torch.ones_like(hit), hit, a) + outside
+        log_hit = g.gather(-1, index) - s
+        own = _divergence(torch.ones_like(hit), hit, a, log_hit.clamp(min=-1 / (a - 1)))
+        own = own + (edge - g.gather(-1, index)).clamp(min=0)
         del g  # a matrix less at the peak
         others = power(p, a).scatter_(-1, index, 0).sum(-1) / a
         return others + own.squeeze(-1), p

@@ -72,7 +72,7 @@ class Poisson(Potential):
         # one coordinate, but for the zero targets, which lose e itself.
         norm, most = torch.broadcast_tensors(norm, target.amax(-1))
         lower = _excess(norm, most)
-        zeros, least = (target == 0).sum(-1), positive_minimum(target)
+        zeros, least = (target == 0).sum(-1).to(norm.dtype), positive_minimum(target)
         short = torch.where(norm < least, _excess(-norm, least), torch.inf)
         upper = zeros.sqrt() * norm + torch.where(least == torch.inf, 0, short)
         if prediction is not None:

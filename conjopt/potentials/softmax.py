@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from conjopt.potentials.base import (
     Potential,
     largest_coordinate,
+    positive_minimum,
     relative_entropy,
     relative_entropy_to,
     surprise,
@@ -84,11 +85,13 @@ class Softmax(Potential):
         hard = target.amax(-1) == 1
         lower = torch.where(hard, surprise_below(norm / 2**0.5), lower)
         # No coordinate of the residual exceeds rho, so yhat_j >= y_j - rho.
+        slack = 8 * torch.finfo(norm.dtype).eps
         rho = largest_coordinate(norm, target.shape[-1])
         ratio = rho.unsqueeze(-1) / torch.where(target > 0, target, 1)
         upper = torch.where(target > 0, target * surprise(ratio), 0).sum(-1)
+        upper = torch.where(positive_minimum(target) - rho > slack, upper, torch.inf)
         room = target.amin(-1) - rho  # only targets of full support have any
-        upper = torch.where(room > 0, torch.minimum(upper, norm.square() / (2 * room)), upper)
+        upper = torch.where(room > slack, torch.minimum(upper, norm.square() / (2 * room)), upper)
         if prediction is not None:
             ratio = (prediction - target).square() / prediction
             ratio = torch.where(prediction > 0, ratio, torch.where(target > 0, torch.inf, 0))

@@ -41,11 +41,13 @@ def solve(f: Tensor, a: float) -> Solution:
         s = (s + step).clamp(0, most)
         if look and not bool((step.abs() > enough * (1 + s)).any()):
             break
-    if e == 0.5:
-        s = (s + _closed_form(g, s)).clamp(0, most)
     if e in (0.5, 1):
-        p = _base(g, s, e)
-        return Solution(p.mul_(p) if e == 0.5 else p, g, s, top)
+        # Measured from the edge of the support, small probabilities keep their digits.
+        edge = s - 1 / e
+        x = torch.sub(g, edge).mul_(e).clamp_(min=0)
+        edge = edge + _last(x, e)
+        x = torch.sub(g, edge).mul_(e).clamp_(min=0)
+        return Solution(x.mul_(x) if e == 0.5 else x, g, edge + 1 / e, top)
     return Solution(_general(g, s, e)[0], g, s, top)
 
 
@@ -74,11 +76,16 @@ def _newton(g: Tensor, s: Tensor, e: float) -> Tensor:
     return torch.expm1(e * total.log()) / e * total ** (1 - e) / weight
 
 
-def _closed_form(g: Tensor, s: Tensor) -> Tensor:
-    """Return the step to the root of `sum x^2 = 1` on the support of `s`, order 1.5."""
-    x = _base(g, s, 0.5)
-    excess = x.square().sum(-1, keepdim=True) - 1
-    total, count = x.sum(-1, keepdim=True), x.sign_().sum(-1, keepdim=True)
+def _last(x: Tensor, e: float) -> Tensor:
+    """Return the step to the root of `sum x^(1/e) = 1` on the support, orders 1.5 and 2.
+
+    Overwrites `x`.
+    """
+    total = x.sum(-1, keepdim=True)
+    excess = total - 1 if e == 1 else x.square().sum(-1, keepdim=True) - 1
+    count = x.sign_().sum(-1, keepdim=True)
+    if e == 1:
+        return excess / count
     return 2 * excess / (total + (total.square() - count * excess).clamp(min=0).sqrt())
 
 
