@@ -11,9 +11,8 @@ from torch import Tensor
 class LossBounds(NamedTuple):
     """The least and the greatest loss that a residual norm leaves possible (Thm 2.2).
 
-    Attributes:
-        lower: At most the loss, shape `(...)`.
-        upper: At least the loss, shape `(...)`; infinite where the norm does not bound the loss.
+    A pair: `lower` is at most the loss, `upper` at least, shape `(...)` each; `upper` is infinite
+    where the norm does not bound the loss.
 
     Reference:
         docs/theory.md, Thm 2.2.
@@ -27,7 +26,9 @@ class LossBounds(NamedTuple):
     """
 
     lower: Tensor
+    """At most the loss."""
     upper: Tensor
+    """At least the loss."""
 
 
 class Potential(abc.ABC):
