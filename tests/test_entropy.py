@@ -208,7 +208,7 @@ def test_equal_targets_have_exactly_no_entropy(potential, weights):
     assert generalized_entropy(y, potential, weights=weights) == 0
     assert generalized_entropy(y.float(), potential, weights=weights) == 0
     if potential.on_simplex:
-        assert data_floor([1, 1, 1], [2, 2, 2], potential, label_smoothing=0.1) == 0
+        assert data_floor([1, 1, 1], [2, 2, 2], potential, label_smoothing=0.1, num_classes=3) == 0
 
 
 # Units.
@@ -221,7 +221,7 @@ def test_units_of_torch_criteria():
     torch.testing.assert_close(data_floor(x, label, Softmax()), F.cross_entropy(best, label))
 
     criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
-    floor = data_floor(x, label, Softmax(), label_smoothing=0.1)
+    floor = data_floor(x, label, Softmax(), label_smoothing=0.1, num_classes=3)
     best = (0.9 * mean + 0.1 / 3).log()
     torch.testing.assert_close(
         floor + potential_of(criterion).offset(best, label), criterion(best, label)
@@ -240,7 +240,7 @@ def test_units_of_torch_criteria():
 
 
 def test_smoothing_counts_the_classes_it_is_told_of():
-    few = data_floor([0, 0], [0, 1], Softmax(), label_smoothing=0.2)
+    few = data_floor([0, 0], [0, 1], Softmax(), label_smoothing=0.2, num_classes=2)
     many = data_floor([0, 0], [0, 1], Softmax(), label_smoothing=0.2, num_classes=10)
     y = torch.eye(10, dtype=torch.float64)[:2] * 0.8 + 0.02
     torch.testing.assert_close(many, generalized_entropy(y, Softmax()))

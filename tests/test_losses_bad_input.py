@@ -122,7 +122,7 @@ def test_class_indices_out_of_range_are_refused(kind: Callable, index: int, igno
         if index == ignore_index:
             assert loss(torch.zeros(4, 3), targets).isfinite()
             continue
-        message = rf"class index {index}: expected one in \[0, 3\).*ignore_index={ignore_index}"
+        message = rf"class index {index} at .*: expected one in \[0, 3\).*={ignore_index}\."
         refused(loss, targets, IndexError, message)
         refused(loss, targets[2], IndexError, message, torch.zeros(3))
         images = torch.zeros(1, 3, 2, 2)
@@ -173,7 +173,7 @@ def test_values_outside_of_the_domain_are_refused(kind: Callable, bad: list[floa
             targets = torch.ones(4, 3)
             targets[2, 1] = value
             domain = re.escape(kind().potential.domain)
-            message = rf"Got the target \[.*{value:g}.*\] of sum .*: expected {domain}, the domain"
+            message = rf"Got the target \[.*{value:g}.*\], row [27]: expected {domain}, the domain"
             refused(kind(weight=weight), targets, ValueError, message)
     if kind is not SquaredLoss:
         for integer in (-1, 2) if kind is LogisticLoss else (-1,):
@@ -329,3 +329,67 @@ def test_an_ignored_class_of_probability_targets_is_refused():
     refused(
         SoftmaxLoss(ignore_index=1), targets, ValueError, "probability targets", targets.clone()
     )
+
+
+def test_unsigned_labels_do_not_wrap_around():
+    outputs = torch.randn(4, 200)
+    targets = torch.tensor([156, 3, 156, 199], dtype=torch.uint8)  # -100 is 156 modulo 256
+    assert SoftmaxLoss()(outputs, targets) == SoftmaxLoss()(outputs, targets.long())
+    refused(SoftmaxLoss(), targets, IndexError, "class index 156 at targets", outputs[:, :100])
+    signed = torch.tensor([-1, 0, 1, 2], dtype=torch.int8)
+    refused(SoftmaxLoss(ignore_index=255), signed, IndexError, "class index -1", outputs)
+
+
+@pytest.mark.parametrize(
+    ("targets", "advice"),
+    [
+        (torch.zeros(4, 1, dtype=torch.long), "squeeze"),
+        (torch.zeros(4, 3, dtype=torch.long), "targets.float"),
+        (torch.zeros(4), "targets.long"),
+    ],
+)
+def test_the_advice_fits_the_shape(targets: Tensor, advice: str):
+    refused(SoftmaxLoss(), targets, ValueError, advice)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint16, torch.uint32, torch.uint64])
+def test_class_targets_that_torch_does_not_compute_with_are_refused(dtype: torch.dtype):
+    refused(SoftmaxLoss(), torch.zeros(4, dtype=dtype), ValueError, "use targets.long")
+
+
+def test_potentials_of_the_wrong_shape_are_refused():
+    class Unsummed(Potential):
+        def value(self, y: Tensor) -> Tensor:
+            return y.square() / 2
+
+        def conjugate(self, f: Tensor) -> Tensor:
+            return f.square() / 2
+
+    class Scalar(Unsummed):
+        def value(self, y: Tensor) -> Tensor:
+            return y.square().sum() / 2
+
+        def conjugate(self, f: Tensor) -> Tensor:
+            return f.square().sum() / 2
+
+    class Naive(Potential):
+        on_simplex = True
+
+        def value(self, y: Tensor) -> Tensor:
+            return (y * y.log()).sum(-1)
+
+        def conjugate(self, f: Tensor) -> Tensor:
+            return f.logsumexp(-1)
+
+    for potential in (Unsummed(), Scalar()):
+        for k in (1, 4):
+            with pytest.raises(ValueError, match="a sum over the last dimension"):
+                FenchelYoungLoss(potential)(torch.zeros(4, k), torch.zeros(4, k))
+    with pytest.raises(ValueError, match="on the boundary of the simplex"):
+        FenchelYoungLoss(Naive())
+
+
+@pytest.mark.parametrize("keywords", [{"ignore_index": None}, {"label_smoothing": None}])
+def test_options_of_wrong_types_are_refused(keywords: dict):
+    with pytest.raises(TypeError, match="expected a number and an integer"):
+        SoftmaxLoss(**keywords)

@@ -14,7 +14,7 @@ from conjopt.entropy.laws import Targets, blocks
 from conjopt.potentials import Potential
 
 SAME = 64.0  # outputs that differ by this many roundings are taken as equal
-MOST_CLASSES = 2**31
+MOST_CLASSES = 2**20
 
 
 class Sample:
@@ -135,13 +135,25 @@ def read_targets(
     if values.ndim != (1 if classes else 2):
         raise ValueError(
             f"{shape} and dtype {values.dtype}: expected class indices (n,) of an integer dtype, "
-            "or probabilities (n, k) of a floating one."
+            "or probabilities (n, k) of a floating one. Flatten pixels or tokens to rows, and give "
+            "each the input of its sample with its place; give one-hot rows by double()."
         )
     if classes:
+        if smoothing and k is None:
+            raise ValueError(
+                f"label_smoothing={smoothing} with class indices: expected num_classes, as a class "
+                "that does not occur would not count."
+            )
         values = values.long()
-        sample.check("targets", values, lambda y: y >= 0, "class indices >= 0")
+        sample.check(
+            "targets", values, lambda y: y >= 0, "class indices >= 0; give ignored rows weight 0"
+        )
         limit = MOST_CLASSES if k is None else k
-        where = "2^31; number the classes from 0" if k is None else f"{k}, from {source}"
+        where = (
+            "2^20; number the classes from 0, by np.unique(..., return_inverse=True)"
+            if k is None
+            else f"{k}, from {source}"
+        )
         sample.check("targets", values, lambda y: y < limit, f"class indices below {where}")
         k = int(values.max()) + 1 if k is None else k
         return Targets(potential, values, sample.weight, k, smoothing)
@@ -164,11 +176,17 @@ def read_outputs(sample: Sample, potential: Potential) -> Tensor:
     outputs = sample.arrays["outputs"]
     if not outputs.is_floating_point():
         raise TypeError(f"outputs of dtype {outputs.dtype}: expected floating; use double().")
-    if isinstance(potential, Potential):
+    if isinstance(potential, Potential):  # else it is refused with the targets
         outputs = sample.arrays["outputs"] = _columns(outputs, potential)
     if outputs.ndim != 2:
         raise ValueError(f"outputs of shape {tuple(outputs.shape)}: expected (n, k).")
-    sample.check_finite("outputs")
+    simplex = getattr(potential, "on_simplex", False)
+    sample.check(
+        "outputs",
+        outputs,
+        lambda f: torch.isfinite(f) | ((f == -torch.inf) & simplex),
+        "finite numbers, or -inf for masked classes; drop the row, or give it weight 0",
+    )
     return outputs
 
 

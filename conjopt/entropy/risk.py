@@ -37,7 +37,8 @@ def data_floor(
     The unit is the mean Fenchel-Young loss of a sample, that of `conjopt.losses`. For hard targets
     it is torch's cross-entropy. For soft or smoothed targets torch's cross-entropy is greater by
     the mean entropy of the targets (`offset` of `conjopt.losses.potential_of`), so is its floor.
-    Multiply by `2/k` for `MSELoss`, and by `1/k` for `BCEWithLogitsLoss` at 0/1 targets.
+    Multiply by `2/k` for `MSELoss`, and by `1/k` for `BCEWithLogitsLoss` at 0/1 targets. For class
+    weights `w` give `weights=w[targets]`, and ignored rows weight 0.
     `ConjSGD(data_floor=)` takes the criterion's units.
 
     Args:
@@ -48,7 +49,7 @@ def data_floor(
         weights: Weights of the samples, `(n,)`, see `generalized_entropy`.
         label_smoothing: Share `s` in `[0, 1]` of the uniform distribution mixed into the targets,
             `(1 - s) y + s / k`; for potentials on the simplex.
-        num_classes: Number `k` of classes that class indices are drawn from, which matters for
+        num_classes: Number `k` of classes that class indices are drawn from, needed for
             smoothing; None for the greatest index plus 1.
         quantum: A positive step: inputs are rounded to its multiples first, so that near
             duplicates meet. The result is then the floor of functions of the rounded input.
@@ -117,6 +118,7 @@ def risk_decomposition(
     potential: Potential,
     *,
     weights: Tensor | ArrayLike | None = None,
+    label_smoothing: float = 0.0,
 ) -> RiskDecomposition:
     """Split the risk of outputs `f(Z)` into the floor of the data and what the outputs add.
 
@@ -126,12 +128,14 @@ def risk_decomposition(
     first of a group then stands for all of it.
 
     Args:
-        outputs: Outputs `f` (logits, natural parameters), floating, `(n, k)`; potentials that are
+        outputs: Outputs `f` (logits, natural parameters), floating, `(n, k)`, where `-inf` masks a
+            class; potentials that are
             not on the simplex also take `(n,)` and more dimensions, as for targets.
         targets: Class indices `(n,)` or points `(n, k)`, see `generalized_entropy`.
         groups: Values of `Z`, labels `(n,)` or rows `(n, ...)`, see `conditional_entropy`.
         potential: The potential `Phi`.
         weights: Weights of the samples, `(n,)`, see `generalized_entropy`.
+        label_smoothing: Mixed into the targets, see `data_floor`.
 
     Returns:
         The risk and its two parts, float64 on the CPU, in units of the mean Fenchel-Young loss.
@@ -154,7 +158,8 @@ def risk_decomposition(
         0.5044 = 0.4621 + 0.0423
     """
     sample = Sample(weights, targets=targets, groups=groups, outputs=outputs)
-    points = read_targets(sample, potential, ("outputs", read_outputs(sample, potential).shape[1]))
+    count = ("outputs", read_outputs(sample, potential).shape[1])
+    points = read_targets(sample, potential, count, label_smoothing)
     group, first = group_rows(sample, "groups")
     f = one_for_each_group(sample, group, first)
     law = points.law(group)

@@ -35,7 +35,8 @@ class FenchelYoungLoss(nn.Module):
             target weighs its term by the weight of its class, and the mean divides by the weights
             of the targets; for probability or smoothed targets class `c` weighs `w_c y_c`. For
             separable potentials weights of the elements that broadcast to the outputs, as in
-            torch's `BCEWithLogitsLoss`; the mean divides by the number of samples.
+            torch's `BCEWithLogitsLoss`; the mean divides by the number of samples. (There is no
+            `pos_weight`; for that, use torch's loss.)
         ignore_index: Class index of the tokens that do not count.
         label_smoothing: Share of the uniform distribution mixed into class or probability
             targets, in `[0, 1]`.
@@ -87,6 +88,11 @@ class FenchelYoungLoss(nn.Module):
             )
         if reduction not in ("none", "mean", "sum"):
             raise ValueError(f"reduction={reduction!r}: expected 'none', 'mean' or 'sum'.")
+        if not isinstance(label_smoothing, int | float) or not isinstance(ignore_index, int):
+            raise TypeError(
+                f"label_smoothing={label_smoothing!r} and ignore_index={ignore_index!r}: expected "
+                "a number and an integer; leave them out for their defaults."
+            )
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing={label_smoothing}: expected a number in [0, 1].")
         if not potential.on_simplex and (label_smoothing != 0 or ignore_index != -100):
@@ -97,6 +103,7 @@ class FenchelYoungLoss(nn.Module):
             )
         if weight is not None:
             _check_weight(weight, potential)
+        _check_boundary(potential)
         self.potential = potential
         self.register_buffer("weight", weight)
         self.ignore_index = ignore_index
@@ -130,12 +137,13 @@ class FenchelYoungLoss(nn.Module):
     def _check_targets(self, outputs: Tensor, targets: Tensor) -> None:
         if self.potential.on_simplex and not targets.is_floating_point():
             classes = outputs.shape[min(outputs.ndim - 1, 1)]
-            wrong = (targets < 0) | (targets >= classes)
-            wrong &= targets != self.ignore_index
+            index = targets.long()
+            wrong = ((index < 0) | (index >= classes)) & (index != self.ignore_index)
             if bool(wrong.any()):
+                place = ", ".join(str(int(i)) for i in wrong.nonzero()[0])
                 raise IndexError(
-                    f"Got class index {int(targets[wrong][0])}: expected one in [0, {classes}) for "
-                    f"outputs of shape {tuple(outputs.shape)}, or ignore_index="
+                    f"Got class index {int(index[wrong][0])} at targets[{place}]: expected one in "
+                    f"[0, {classes}) for outputs of shape {tuple(outputs.shape)}, or ignore_index="
                     f"{self.ignore_index}. Give the model as many outputs as there are classes."
                 )
             return
@@ -147,19 +155,40 @@ class FenchelYoungLoss(nn.Module):
         rows = of_fenchel_young(self).rows(targets)
         inside = self.potential.contains(rows)
         if not bool(inside.all()):
-            wrong = rows[~inside][0].flatten()
-            shown = ", ".join(f"{float(value):.6g}" for value in wrong[:6])
+            row = int((~inside).nonzero()[0])
+            shown = ", ".join(f"{float(value):.6g}" for value in rows[row][:6])
+            more = ", ..." if len(rows[row]) > 6 else ""
+            total = f" of sum {float(rows[row].sum()):.6g}" if self.potential.on_simplex else ""
             raise ValueError(
-                f"Got the target [{shown}{', ...' if len(wrong) > 6 else ''}] of sum "
-                f"{float(wrong.sum()):.6g}: expected {self.potential.domain}, the domain of "
-                f"{self.potential!r}."
+                f"Got the target [{shown}{more}]{total}, row {row}: expected "
+                f"{self.potential.domain}, the domain of {self.potential!r}."
             )
 
     def extra_repr(self) -> str:
         """Return the arguments, for `repr`."""
         smoothing = f", label_smoothing={self.label_smoothing}" if self.label_smoothing else ""
         entropy = ", include_target_entropy=True" if self.include_target_entropy else ""
-        return f"{self.potential!r}{smoothing}, reduction={self.reduction!r}{entropy}"
+        weight = "" if self.weight is None else f", weight of shape {tuple(self.weight.shape)}"
+        ignored = "" if self.ignore_index == -100 else f", ignore_index={self.ignore_index}"
+        return (
+            f"{self.potential!r}{weight}{ignored}{smoothing}, reduction={self.reduction!r}{entropy}"
+        )
+
+
+def _check_boundary(potential: Potential) -> None:
+    """Refuse a potential on the simplex that is not finite at hard targets."""
+    if not potential.on_simplex:
+        return
+    try:
+        value = potential.value(torch.eye(2))
+    except Exception:  # one that is made for another number of classes, say
+        return
+    if value.shape != (2,) or not bool(value.isfinite().all()):
+        raise ValueError(
+            f"{potential!r}.value returned {value} for the two one-hot targets of two classes: "
+            "expected two finite numbers, (..., k) -> (...), on the boundary of the simplex, too; "
+            "write y log y as -torch.special.entr(y)."
+        )
 
 
 def _check_weight(weight: Tensor, potential: Potential) -> None:

@@ -39,8 +39,8 @@ class SoftmaxLoss(FenchelYoungLoss):
 
     def __init__(
         self,
-        *,
         weight: Tensor | None = None,
+        *,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         reduction: str = "mean",
@@ -75,8 +75,8 @@ class SparsemaxLoss(FenchelYoungLoss):
 
     def __init__(
         self,
-        *,
         weight: Tensor | None = None,
+        *,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         reduction: str = "mean",
@@ -150,7 +150,7 @@ class SquaredLoss(FenchelYoungLoss):
         tensor(6.2500)
     """
 
-    def __init__(self, *, weight: Tensor | None = None, reduction: str = "mean") -> None:
+    def __init__(self, weight: Tensor | None = None, *, reduction: str = "mean") -> None:
         super().__init__(Squared(), weight=weight, reduction=reduction)
 
 
@@ -170,8 +170,8 @@ class LogisticLoss(FenchelYoungLoss):
 
     def __init__(
         self,
-        *,
         weight: Tensor | None = None,
+        *,
         reduction: str = "mean",
         include_target_entropy: bool = False,
     ) -> None:
@@ -204,8 +204,8 @@ class PoissonLoss(FenchelYoungLoss):
 
     def __init__(
         self,
-        *,
         weight: Tensor | None = None,
+        *,
         reduction: str = "mean",
         include_target_entropy: bool = False,
     ) -> None:

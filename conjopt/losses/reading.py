@@ -153,9 +153,23 @@ class ClassTargets(PotentialOf):
                 f"Got outputs of shape {tuple(outputs.shape)} with targets of shape "
                 f"{tuple(targets.shape)} and type {targets.dtype}: expected outputs (C), (N, C) or "
                 "(N, C, d1, ...) with either integer class targets of shape (), (N) or "
-                "(N, d1, ...) or floating-point probabilities of the outputs' shape. Move the "
-                "classes to dimension 1."
+                "(N, d1, ...) or floating-point probabilities of the outputs' shape. "
+                + self._advice(outputs, targets)
             )
+        if targets.dtype in (torch.bool, torch.uint16, torch.uint32, torch.uint64):
+            raise ValueError(
+                f"Got class targets of type {targets.dtype}: expected an integer type that torch "
+                "computes with; use targets.long()."
+            )
+
+    def _advice(self, outputs: Tensor, targets: Tensor) -> str:
+        if outputs.ndim and targets.shape == outputs.shape:
+            return "Give one-hot targets as probabilities, by targets.float()."
+        if targets.ndim == len(self._terms_shape(outputs)) + 1 and targets.shape[1] == 1:
+            return "Take the dimension of size 1 away, by targets.squeeze(1)."
+        if targets.is_floating_point() and targets.shape == self._terms_shape(outputs):
+            return "Give classes as integers, by targets.long()."
+        return "Move the classes to dimension 1."
 
     def _unit(self, targets: Tensor) -> bool:
         plain = getattr(self.criterion, "weight", None) is None
@@ -171,7 +185,7 @@ class ClassTargets(PotentialOf):
         if targets.is_floating_point():
             return like.new_full((), self._terms_shape(outputs).numel())
         if getattr(self.criterion, "weight", None) is None:
-            return (targets != self.criterion.ignore_index).sum().to(like.dtype)
+            return self._index(targets)[1].sum().to(like.dtype)
         return self._gather(self._class_weight(outputs, targets), targets).sum()
 
     def _row_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:

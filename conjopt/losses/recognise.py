@@ -52,6 +52,11 @@ def potential_of(criterion: nn.Module) -> PotentialOf:
     """
     forward = getattr(getattr(criterion, "forward", None), "__func__", None)  # as patched, if it is
     kind = next((k for k in _RECOGNISED if isinstance(criterion, k) and forward is k.forward), None)
+    if kind is None and hasattr(criterion, "_orig_mod"):
+        raise TypeError(
+            f"The criterion {criterion!r} is the wrapper of torch.compile, through which nothing "
+            "can be read: use the loss itself, and compile the model."
+        )
     if kind is None:
         raise TypeError(
             f"The criterion {criterion!r} is not recognised: expected an instance of "

@@ -137,7 +137,15 @@ class Potential(abc.ABC):
         Returns:
             Shape `(...)`, non-negative up to rounding.
         """
-        return self.value(y) + self.conjugate(f) - (y * f).sum(-1)
+        y, f = torch.broadcast_tensors(y, f)
+        value, conjugate = self.value(y), self.conjugate(f)
+        if not value.shape == conjugate.shape == f.shape[:-1]:
+            raise ValueError(
+                f"{self!r}: value and conjugate returned shapes {tuple(value.shape)} and "
+                f"{tuple(conjugate.shape)} for points of shape {tuple(f.shape)}: expected "
+                "(..., k) -> (...), a sum over the last dimension."
+            )
+        return value + conjugate - (y * f).sum(-1)
 
     def class_loss(self, index: Tensor, f: Tensor) -> Tensor:
         """Return the loss for one-hot targets that are given by their class.
@@ -225,7 +233,11 @@ class Potential(abc.ABC):
 
         Returns:
             Both bounds, shape `(...)`. The upper one is infinite where the norm bounds nothing.
+            The norm is subtracted from 1 or from a target: next to that the bounds are off by
+            rounding, relative to `eps exp(loss)`.
         """
+        norm_dtype = torch.promote_types(target.dtype, WORK)
+        residual_norm = torch.as_tensor(residual_norm, device=target.device).to(norm_dtype)
         lower, upper = self._bounds(residual_norm, target, prediction)
         if self.on_simplex and target.shape[-1] == 1:  # dim V = 0: there is nothing to lose
             lower, upper = torch.zeros_like(lower), torch.zeros_like(upper)
@@ -242,7 +254,13 @@ class Potential(abc.ABC):
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and vars(self) == vars(other)
+        if type(self) is not type(other) or vars(self).keys() != vars(other).keys():
+            return False
+        pairs = ((value, vars(other)[name]) for name, value in vars(self).items())
+        return all(
+            torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
+            for a, b in pairs
+        )
 
     def __hash__(self) -> int:
         return hash(type(self))

@@ -50,9 +50,9 @@ class Entmax(Potential):
     order: float
 
     def __init__(self, order: float = 1.5) -> None:
-        if not 1 < order <= 2:
+        if not isinstance(order, int | float) or not 1 < order <= 2:
             raise ValueError(
-                f"order={order}: expected a number in (1, 2]. The limit of order 1 is `Softmax`."
+                f"order={order!r}: expected a number in (1, 2]. The limit of order 1 is `Softmax`."
             )
         self.order = float(order)
 
@@ -83,12 +83,12 @@ class Entmax(Potential):
         It is computed as a sum of terms that are not negative: the divergence of `y` from the link
         and, for each coordinate outside of the support, `y_j` times what its output lacks to enter.
         """
-        y, f = torch.broadcast_tensors(y, f)
+        y, f = torch.broadcast_tensors(y.to(torch.promote_types(y.dtype, f.dtype)), f)
         return _fenchel(f, y, self.order)[0]
 
     def class_loss(self, index: Tensor, f: Tensor) -> Tensor:
         """Return the loss of one-hot targets, `(...), (..., k) -> (...)`, without their matrix."""
-        return _fenchel(f, index, self.order)[0]
+        return _fenchel(f, index.long(), self.order)[0]
 
     def divergence(self, y: Tensor, mean: Tensor) -> Tensor:
         """Return `sum_j [y_j^a - m_j^a - a m_j^(a - 1) (y_j - m_j)] / (a (a - 1))`, `m = mean`."""
@@ -191,6 +191,10 @@ def _jacobian_product(p: Tensor, v: Tensor, a: float) -> Tensor:
 
 
 def _fenchel(f: Tensor, target: Tensor | None, order: float) -> tuple[Tensor, Tensor]:
+    if f.dtype in (torch.float16, torch.bfloat16):  # whose sums over classes are off by percents
+        target = target if target is None or not target.is_floating_point() else target.float()
+        value, p = _fenchel(f.float(), target, order)
+        return value.to(f.dtype), p.to(f.dtype)
     # torch.compile refuses functions with a rule for forward mode.
     if torch.compiler.is_compiling():
         return _Fenchel.apply(f, target, float.fromhex(order.hex()))

@@ -101,9 +101,10 @@ def _hard_supremum(norm: Tensor, count: Tensor) -> Tensor:
     all are equal, or one is `s` and the others are `1 - s`.
     """
     m = count.clamp(min=1).to(norm.dtype)
+    most_norm = 1 - 8 * torch.finfo(norm.dtype).eps
     equal = m * surprise(norm / m.sqrt())
     discriminant = m * norm.square() - (m - 1)
     s = (m - 1 + discriminant.clamp(min=0).sqrt()) / m
     apart = surprise(s) - torch.xlogy(m - 1, s)
     most = torch.where(discriminant >= 0, torch.maximum(equal, apart), equal)
-    return torch.where(count == 0, 0, torch.where(norm < 1, most, torch.inf))
+    return torch.where(count == 0, 0, torch.where(norm < most_norm, most, torch.inf))

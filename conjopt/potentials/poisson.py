@@ -73,7 +73,8 @@ class Poisson(Potential):
         norm, most = torch.broadcast_tensors(norm, target.amax(-1))
         lower = _excess(norm, most)
         zeros, least = (target == 0).sum(-1).to(norm.dtype), positive_minimum(target)
-        short = torch.where(norm < least, _excess(-norm, least), torch.inf)
+        edge = least * (1 - 8 * torch.finfo(norm.dtype).eps)
+        short = torch.where(norm < edge, _excess(-norm, least), torch.inf)
         upper = zeros.sqrt() * norm + torch.where(least == torch.inf, 0, short)
         if prediction is not None:
             square = (prediction - target).square()

@@ -71,7 +71,9 @@ class Softmax(Potential):
 
     def class_loss(self, index: Tensor, f: Tensor) -> Tensor:
         """Return cross-entropy, `(...), (..., k) -> (...)`, without a matrix of targets."""
-        losses = F.cross_entropy(f.reshape(-1, f.shape[-1]), index.reshape(-1), reduction="none")
+        losses = F.cross_entropy(
+            f.reshape(-1, f.shape[-1]), index.reshape(-1).long(), reduction="none"
+        )
         return losses.reshape(f.shape[:-1])
 
     def divergence(self, y: Tensor, mean: Tensor) -> Tensor:
