@@ -502,3 +502,15 @@ def test_fixed_steps_suffice_for_very_many_classes(order: float, monkeypatch: py
     looked = threshold.solve(f, order).p
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert_close(threshold.solve(f, order).p, looked, rtol=0, atol=32 * EPS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("potential", [Sparsemax(), Entmax(1.5), Entmax(1.3)], ids=repr)
+def test_half_precision_is_computed_in_float32(potential: Entmax, dtype: torch.dtype):
+    for f in (torch.zeros(512), torch.ones(100_000), torch.linspace(-3, 3, 1000)):
+        half = f.to(dtype)
+        exact = potential.link(half.float())
+        assert torch.equal(potential.link(half), exact.to(dtype))
+        assert torch.equal(potential.conjugate(half), potential.conjugate(half.float()).to(dtype))
+    assert potential.loss(torch.tensor([0, 0, 1]), torch.zeros(3)).isfinite()  # integer one-hot
+    assert potential.class_loss(torch.tensor(2, dtype=torch.uint8), torch.zeros(3)).isfinite()

@@ -459,3 +459,15 @@ def test_poisson_bounds_of_predictions_are_those_of_section_0():
     assert lower >= (1 / 3 + 1 + 1 / 5) / 2 - 8 * EPS
     assert upper <= 1 / 3 + 1 + 1 / 4 + 8 * EPS
     assert lower <= loss <= upper
+
+
+def test_residuals_that_are_1_by_rounding_bound_nothing_from_above():
+    """Counterexamples: an upper bound below the loss."""
+    f, y = torch.tensor([[16.629289]]), torch.zeros(1, 1)
+    loss, norm = Logistic().loss(y, f), (Logistic().link(f) - y).norm(dim=-1)
+    bounds = Logistic().loss_bounds(norm, y)
+    assert bounds.lower < loss < bounds.upper
+    f, y = torch.tensor([[-16.51]]), torch.tensor([[2.0]])
+    loss, norm = Poisson().loss(y, f), (Poisson().link(f) - y).norm(dim=-1)
+    bounds = Poisson().loss_bounds(norm, y)
+    assert bounds.lower < loss < bounds.upper
