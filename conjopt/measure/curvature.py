@@ -56,6 +56,9 @@ class JacobianProduct:
         self.method = "forward"
         modules = list(model.modules())
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in modules)
+        self._padding, tied = _padding_rows(model)
+        if tied:  # forward mode would move the padding row through the table, too
+            self.method, self._padding = "two_vjps", {}
         self._fast_path = any(
             isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer)
             for module in modules
@@ -89,6 +92,10 @@ class JacobianProduct:
                     [1.]])
         """
         moving = {name: parameters[name].detach() for name in direction}
+        direction = {
+            name: _without_row(u, self._padding[name]) if name in self._padding else u
+            for name, u in direction.items()
+        }
         if self.method == "forward":
             try:
                 return self._forward(run, moving, direction)
@@ -188,8 +195,8 @@ class JacobianProduct:
         with contextlib.ExitStack() as stack:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if self._recurrent:
-                stack.enter_context(_switched_off(torch.backends.mkldnn))
-                stack.enter_context(_switched_off(torch.backends.cudnn))
+                stack.enter_context(switched_off(torch.backends.mkldnn))
+                stack.enter_context(switched_off(torch.backends.cudnn))
             if self._fast_path and torch.backends.mha.get_fastpath_enabled():
                 torch.backends.mha.set_fastpath_enabled(False)
                 stack.callback(torch.backends.mha.set_fastpath_enabled, True)
@@ -262,6 +269,26 @@ def curvature_along(
     return (along * potential.hessian_product(rows, along)).sum(-1).mean()
 
 
+def _padding_rows(model: nn.Module) -> tuple[dict[str, int], bool]:
+    """Rows of embeddings that have no gradient, by the table's name; whether a table is tied."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    rows = {
+        id(module.weight): module.padding_idx
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None
+    }
+    tied = any(len(names.get(table, ())) > 1 for table in rows)
+    return {names[table][0]: row for table, row in rows.items() if table in names}, tied
+
+
+def _without_row(direction: Tensor, row: int) -> Tensor:
+    moved = direction.clone()
+    moved[row] = 0
+    return moved
+
+
 def relative_step(at: Sequence[Tensor], direction: Sequence[Tensor], *, power: float) -> Tensor:
     """A step for differences: ``eps^power (1 + ||theta||) / ||u||``, or 0 along no direction.
 
@@ -283,7 +310,7 @@ def relative_step(at: Sequence[Tensor], direction: Sequence[Tensor], *, power: f
 
 
 @contextlib.contextmanager
-def _switched_off(backend: Any) -> Iterator[None]:
+def switched_off(backend: Any) -> Iterator[None]:
     """Without a backend; the ``flags`` of torch would set its other options, too."""
     before, backend.enabled = backend.enabled, False
     try:

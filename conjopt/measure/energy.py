@@ -1,0 +1,260 @@
+"""Per-sample gradient norms and the gradient energy (section 0, Thm 2.1)."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from conjopt.measure.layers.pieces import Piece, squared_norms
+from conjopt.measure.layers.rules import pieces_of
+from conjopt.measure.layers.tape import Tape, number_of_samples, through
+from conjopt.measure.layers.uses import Recorder, Use
+
+__all__ = ["EnergyProbe", "gradient_energy", "per_sample_gradient_norms"]
+
+
+def per_sample_gradient_norms(
+    model: nn.Module, loss: Any, inputs: Any, targets: Any, *, rows: Tensor | None = None
+) -> Tensor:
+    """Return `||g_i||`, the norms of the gradients of each sample's loss.
+
+    `g_i` is the part of the gradient that goes through sample `i`, times the number of samples if
+    the loss is a mean: then the mean of the `g_i` is the gradient. For an unweighted loss with one
+    term per sample it is the gradient of the sample's own loss; with tokens, ignored targets or
+    weights, the weights count. One forward and one backward of activations, and inner products in
+    each layer; no gradient of a parameter is formed, and `.grad` is left alone.
+
+    The model runs in the mode it is in, on copies of its buffers, and draws from the random number
+    generators without moving them. At the first use for a model and a kind of inputs two samples
+    are compared with plain autograd (`conjopt.measure.self_check`), which takes some steps' time.
+
+    Args:
+        model: Returns one tensor, with samples along dimension 0.
+        loss: Called with outputs and targets; what it says by `reduction` (`"mean"` or `"sum"`) is
+            believed, and a mean where it says nothing.
+        inputs: Of the model, a tensor, or a tuple or a dict of its arguments.
+        targets: Of the loss.
+        rows: Numbers of the samples to measure; all if `None`.
+
+    Returns:
+        Shape `(m,)`, or one for each of the rows; units of the loss per unit of the parameters.
+
+    Raises:
+        MeasurementError: If the check at the first use finds anything; it lists all of it.
+        RuntimeError: If samples are coupled (batch normalisation in training mode), or a parameter
+            is used where it cannot be seen.
+        ValueError: If the model does not return one tensor with samples along dimension 0, or the
+            loss does not reduce.
+
+    Reference:
+        docs/theory.md, section 0 and Thm 2.1.
+
+    Example:
+        >>> from conjopt.losses import SquaredLoss
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> _ = nn.init.zeros_(model.weight)
+        >>> inputs, targets = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[1.0], [2.0]])
+        >>> per_sample_gradient_norms(model, SquaredLoss(), inputs, targets)
+        tensor([5., 2.])
+    """
+    reduction = getattr(loss, "reduction", "mean")
+    if reduction == "none":
+        raise ValueError(
+            f"The loss {loss!r} has reduction='none', so how its terms are weighed is not known: "
+            "use reduction='mean' or 'sum'."
+        )
+    _check(model, inputs, loss, targets, "per_sample_gradient_norms")
+    tape = Tape(model, inputs)
+    outputs = tape.only_output()
+    factor = 1 if reduction == "sum" else tape.samples
+    total = outputs.new_zeros(tape.samples if rows is None else len(rows)).detach()
+    with torch.enable_grad():
+        value = loss(outputs, targets)
+    if not outputs.requires_grad:  # nothing is trained
+        return total
+    (cotangent,) = torch.autograd.grad(value, [outputs])
+    for _, pieces in tape.pull([outputs], [[cotangent]]):
+        chosen = pieces if rows is None else [piece.select(rows) for piece in pieces]
+        total = total + squared_norms(chosen)
+    return factor * total.sqrt()
+
+
+def gradient_energy(
+    model: nn.Module, loss: Any, inputs: Any, targets: Any, *, rows: Tensor | None = None
+) -> Tensor:
+    """Return the gradient energy `E = mean_i ||g_i||^2`.
+
+    Arguments and errors: `per_sample_gradient_norms`.
+
+    Returns:
+        Shape `()`.
+
+    Reference:
+        docs/theory.md, section 0.
+
+    Example:
+        >>> from conjopt.losses import SquaredLoss
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> _ = nn.init.zeros_(model.weight)
+        >>> inputs, targets = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[1.0], [2.0]])
+        >>> gradient_energy(model, SquaredLoss(), inputs, targets)
+        tensor(14.5000)
+    """
+    return per_sample_gradient_norms(model, loss, inputs, targets, rows=rows).square().mean()
+
+
+def _check(model: nn.Module, inputs: Any, loss: Any, targets: Any, name: str) -> None:
+    from conjopt.measure.checking import first_use_check  # which measures, too
+
+    first_use_check(model, inputs, loss, targets, name=name)
+
+
+class EnergyProbe:
+    """Per-sample gradient norms during the ordinary forward and backward of a training loop.
+
+    The loop stays as it is, and `.grad` is the same to the bit. Norms are those of
+    `per_sample_gradient_norms` for what is differentiated, a mean over the samples: multiply them
+    by whatever else multiplies the loss (accumulation), or divide by it (loss scale).
+
+    Args:
+        model: The module whose forward is watched.
+        share: Share of the samples to measure, in (0, 1]: every `round(1 / share)`-th.
+        every: Measure every so many forwards with gradients, from the first on.
+
+    Attributes:
+        norms: Of the last measured backward, `(r,)` for its `r` rows; `None` before.
+
+    Raises:
+        ValueError: For a share or a number out of range.
+
+    Reference:
+        docs/theory.md, section 0.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> _ = nn.init.zeros_(model.weight)
+        >>> probe = EnergyProbe(model)
+        >>> loss = (model(torch.tensor([[3.0, 4.0], [1.0, 0.0]])) - 1).square().mean()
+        >>> loss.backward()
+        >>> probe.norms, probe.energy
+        (tensor([10.,  2.]), tensor(52.))
+        >>> probe.remove()
+    """
+
+    def __init__(self, model: nn.Module, *, share: float = 1.0, every: int = 1) -> None:
+        if not 0 < share <= 1:
+            raise ValueError(f"share={share}: expected a number in (0, 1].")
+        if every < 1:
+            raise ValueError(f"every={every}: expected a number of forwards, at least 1.")
+        self.norms: Tensor | None = None
+        self._stride, self._every, self._forwards = round(1 / share), every, 0
+        self._model = weakref.ref(model)
+        self._live: _Live | None = None
+        self._handles = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
+            model.register_forward_hook(self._after, always_call=True),
+        ]
+
+    @property
+    def energy(self) -> Tensor | None:
+        """The mean of the squared norms, `()`; `None` before the first."""
+        return None if self.norms is None else self.norms.square().mean()
+
+    def remove(self) -> None:
+        """Stop watching."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        if not torch.is_grad_enabled() or self._live is not None:
+            return
+        if torch._C._current_graph_task_id() != -1:  # recomputed under checkpointing
+            return
+        self._forwards += 1
+        if (self._forwards - 1) % self._every:
+            return
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        samples = number_of_samples(tensors)
+        self._live = _Live(model, tensors, samples, self._stride, self._store)
+        self._live.__enter__()
+
+    def _after(self, model: nn.Module, args: Any, output: Any) -> None:
+        live, self._live = self._live, None
+        if live is not None:
+            live.__exit__(None, None, None)
+
+    def _store(self, norms: Tensor) -> None:
+        self.norms = norms
+
+
+class _Live(Recorder):
+    """Records one forward, and measures while its backward passes by."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: list[Tensor],
+        samples: int,
+        stride: int,
+        store: Callable[[Tensor], None],
+    ) -> None:
+        super().__init__(dict(model.named_parameters()), inputs, model.buffers(), samples)
+        self._stride, self._store = min(stride, samples), store
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._counts: dict[int, int] = {}
+        self._kept: dict[int, list[Piece]] = {}
+        self._total: Tensor | None = None
+
+    def used(self, use: Use, results: list[Tensor]) -> None:
+        """Hook on a use's results, to measure when their gradients arrive."""
+        for weight in use.weights:
+            self._counts[id(weight)] = self._counts.get(id(weight), 0) + 1
+        live = [t for t in results if t.requires_grad]
+        places = [i for i, t in enumerate(results) if t.requires_grad]
+        if len(live) == 1:
+            live[0].register_hook(lambda gradient: self._arrived(use, places, [gradient]))
+        else:
+            torch.autograd.graph.register_multi_grad_hook(
+                live, lambda gradients: self._arrived(use, places, gradients)
+            )
+
+    def _arrived(self, use: Use, places: list[int], gradients: Any) -> None:
+        if self._total is None and not self._kept:
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        cotangents: list[Tensor | None] = [None] * len(use.shapes)
+        for place, gradient in zip(places, gradients, strict=True):
+            cotangents[place] = None if gradient is None else gradient.detach()
+        with torch.no_grad():
+            part, mine = use.every(self._stride, cotangents)
+            for weight, piece in pieces_of(part, [None if c is None else c[None] for c in mine]):
+                self._add(weight, piece)
+
+    def _add(self, weight: Tensor, piece: Piece) -> None:
+        bases = self.bases.get(id(weight))
+        if bases is not None:
+            with torch.enable_grad():
+                found = list(through(weight, bases, piece))
+            for base, dense in found:
+                self._kept.setdefault(id(base), []).append(dense)
+        elif self._counts[id(weight)] > 1 or self._is_base(weight):
+            self._kept.setdefault(id(weight), []).append(piece)
+        else:
+            norms = squared_norms([piece])
+            self._total = norms if self._total is None else self._total + norms
+
+    def _is_base(self, weight: Tensor) -> bool:
+        return any(weight is base for bases in self.bases.values() for base in bases)
+
+    def _finish(self) -> None:
+        with torch.no_grad():
+            for pieces in self._kept.values():
+                norms = squared_norms(pieces)
+                self._total = norms if self._total is None else self._total + norms
+        if self._total is not None:
+            self._store(self.samples * self._total.sqrt())
+        self._total, self._kept = None, {}

@@ -1,0 +1,165 @@
+"""Per-sample gradients of any function: one vector-Jacobian product per sample."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from conjopt.measure.layers.layout import LOST, RANGE, tensors
+from conjopt.measure.layers.pieces import BUDGET, Dense, Piece
+from conjopt.measure.layers.uses import Use
+
+__all__ = ["by_sample"]
+
+
+class _DoesNotFit(Exception):
+    """A call for one sample returned another shape than its part of the result."""
+
+
+def by_sample(use: Use, cotangents: Sequence[Tensor | None]) -> list[tuple[Tensor, Piece]]:
+    """Vector-Jacobian products of one sample at a time, vectorised where torch can.
+
+    Args:
+        use: The call.
+        cotangents: For each tensor that it returned, `(k, *shape)` or `None`.
+
+    Returns:
+        The weights with the gradients themselves.
+
+    Raises:
+        RuntimeError: If a result has no dimension of samples.
+    """
+    leaves, spec = tree_flatten((use.args, use.kwargs))
+    live = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
+    for i in live:
+        if use.places[i] in (None, LOST):
+            raise RuntimeError(
+                f"{_name(use)} returned a tensor of shape {tuple(use.shapes[i])} for "
+                f"{use.samples} samples, and no dimension is known to hold them: samples meet "
+                "each other there, or are arranged in a way that cannot be followed. Per-sample "
+                "gradients need a model that keeps them apart."
+            )
+    if use.whole:
+        return _masked(use, leaves, spec, cotangents)
+    moving = [place for place, leaf in enumerate(leaves) if use.at(leaf) not in (None, RANGE)]
+    slices = [use.at(leaves[i]).split(leaves[i].detach(), use.samples) for i in moving]
+    pulled = [use.places[i].split(cotangents[i], use.samples, 1).transpose(0, 1) for i in live]
+
+    def run(weights: list[Tensor], sample: list[Tensor]) -> list[Tensor]:
+        new = list(leaves)
+        for place, value in zip(moving, sample, strict=True):
+            new[place] = value
+        for place, leaf in enumerate(leaves):
+            for weight, value in zip(use.weights, weights, strict=True):
+                if leaf is weight:
+                    new[place] = value
+        args, kwargs = tree_unflatten(new, spec)
+        found = list(tensors([use.function(*args, **kwargs)]))
+        for i, piece in zip(live, pulled, strict=True):
+            if found[i].shape != piece.shape[2:]:
+                raise _DoesNotFit
+        return [found[i] for i in live]
+
+    weights = [weight.detach() for weight in use.weights]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+            gradients = _vectorised(run, weights, slices, pulled)
+    except _DoesNotFit:
+        return _masked(use, leaves, spec, cotangents)
+    except (RuntimeError, NotImplementedError, ValueError):
+        try:
+            gradients = _looped(run, weights, slices, pulled)
+        except (_DoesNotFit, RuntimeError, ValueError):
+            return _masked(use, leaves, spec, cotangents)
+    found: list[tuple[Tensor, Piece]] = []
+    for weight, gradient in zip(use.weights, gradients, strict=True):
+        flat = gradient.transpose(0, 1).flatten(2)  # (k, m, P)
+        found.append((weight, Dense(flat[:, :, None, None])))
+    return found
+
+
+def _vectorised(
+    run: Any, weights: list[Tensor], slices: list[Tensor], pulled: list[Tensor]
+) -> list[Tensor]:
+    def one(sample: list[Tensor], cotangent: list[Tensor]) -> tuple[Tensor, ...]:
+        vjp: Any = torch.func.vjp(lambda *w: run(list(w), sample), *weights)
+        _, pull = vjp
+        # No second vmap over the cotangents: nested, that of prelu is silently wrong (torch 2.13).
+        columns = [pull([c[j] for c in cotangent]) for j in range(k)]
+        return tuple(torch.stack(column) for column in zip(*columns, strict=True))
+
+    k = pulled[0].shape[1]
+    size = max(1, BUDGET // max(1, k * sum(weight.numel() for weight in weights)))
+    return list(torch.func.vmap(one, chunk_size=size)(slices, pulled))
+
+
+def _looped(
+    run: Any, weights: list[Tensor], slices: list[Tensor], pulled: list[Tensor]
+) -> list[Tensor]:
+    m, k = pulled[0].shape[0], pulled[0].shape[1]
+    gradients = [weight.new_zeros(m, k, *weight.shape) for weight in weights]
+    with torch.enable_grad():
+        for i in range(m):
+            leaves = [weight.detach().requires_grad_() for weight in weights]
+            results = run(leaves, [piece[i] for piece in slices])
+            for c in range(k):
+                cotangent = [p[i, c] for p in pulled]
+                found = torch.autograd.grad(
+                    results, leaves, cotangent, retain_graph=True, allow_unused=True
+                )
+                for gradient, value in zip(gradients, found, strict=True):
+                    if value is not None:
+                        gradient[i, c] = value
+    return gradients
+
+
+def _masked(
+    use: Use, leaves: list[Any], spec: Any, cotangents: Sequence[Tensor | None]
+) -> list[tuple[Tensor, Piece]]:
+    """Call the function as it was called, and pull back the cotangents of a sample at a time."""
+    with torch.enable_grad():
+        weights = [weight.detach().requires_grad_() for weight in use.weights]
+        by_id = {id(weight): new for weight, new in zip(use.weights, weights, strict=True)}
+        new = [
+            by_id.get(id(leaf), leaf.detach()) if isinstance(leaf, Tensor) else leaf
+            for leaf in leaves
+        ]
+        args, kwargs = tree_unflatten(new, spec)
+        results = list(tensors([use.function(*args, **kwargs)]))
+    live = [
+        (results[i], c, use.places[i])
+        for i, c in enumerate(cotangents)
+        if c is not None and results[i].requires_grad
+    ]
+    k = next(len(c) for c in cotangents if c is not None)
+    rows = range(0, use.samples, use.stride)
+    gradients = [weight.new_zeros(k, len(rows), *weight.shape) for weight in weights]
+    for row, i in enumerate(rows):
+        for j in range(k):
+            masked = [torch.zeros_like(result) for result, _, _ in live]
+            for mask, (_, c, at) in zip(masked, live, strict=True):
+                at.split(mask, use.samples)[i] = at.split(c[j], use.samples)[i]
+            found = torch.autograd.grad(
+                [result for result, _, _ in live],
+                weights,
+                masked,
+                retain_graph=True,
+                allow_unused=True,
+            )
+            for gradient, value in zip(gradients, found, strict=True):
+                if value is not None:
+                    gradient[j, row] = value
+    return [
+        (weight, Dense(gradient.flatten(2)[:, :, None, None]))
+        for weight, gradient in zip(use.weights, gradients, strict=True)
+    ]
+
+
+def _name(use: Use) -> str:
+    return str(getattr(use.function, "__name__", use.function))

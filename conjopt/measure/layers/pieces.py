@@ -1,0 +1,311 @@
+"""Per-sample gradients of one parameter in factors, and the inner products between them.
+
+For `k` cotangents of the outputs (one, for the gradient of a loss) and `m` samples, a use of a
+parameter gives `k m` gradients. They stay in the form in which a layer makes them, and only their
+inner products are formed: never a `(k, m, P)` tensor of a whole model. A parameter's coordinates
+are arranged as `g` matrices with `q` rows and `p` columns.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["Dense", "Lookup", "Outer", "Piece", "batch_gram", "sample_gram", "squared_norms"]
+
+BUDGET = 2**25  # elements of an intermediate result
+
+
+class Piece(abc.ABC):
+    """The gradients that one use of a parameter gives, `k m` of them.
+
+    Example:
+        >>> from conjopt.measure.layers import Dense, Piece
+        >>> piece: Piece = Dense(torch.ones(1, 2, 1, 1, 3))  # one cotangent, two samples
+        >>> piece.sizes
+        (1, 2, 1, 1, 3)
+    """
+
+    @property
+    @abc.abstractmethod
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """`k, m, g, q, p`."""
+
+    @abc.abstractmethod
+    def slab(self, start: int, stop: int) -> Tensor:
+        """Return a range of the matrices' rows, `(k, m, g, stop - start, p)`."""
+
+    @abc.abstractmethod
+    def select(self, rows: Tensor) -> Piece:
+        """Return the gradients of some samples, given by their numbers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense(Piece):
+    """The gradients themselves, `(k, m, g, q, p)`.
+
+    Example:
+        >>> from conjopt.measure.layers import Dense
+        >>> Dense(torch.ones(1, 2, 1, 4, 3)).slab(0, 2).shape
+        torch.Size([1, 2, 1, 2, 3])
+    """
+
+    gradients: Tensor
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """`k, m, g, q, p`."""
+        k, m, g, q, p = self.gradients.shape
+        return k, m, g, q, p
+
+    def slab(self, start: int, stop: int) -> Tensor:
+        """Return a range of the matrices' rows."""
+        return self.gradients[:, :, :, start:stop]
+
+    def select(self, rows: Tensor) -> Dense:
+        """Return the gradients of some samples."""
+        return Dense(self.gradients[:, rows])
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer(Piece):
+    """Sums of outer products, `sum_t left[t] right[t]^T` for each group.
+
+    Attributes:
+        left: `(k or 1, m, g, t, q)`.
+        right: `(k or 1, m, g, t, p)`.
+
+    Example:
+        >>> from conjopt.measure.layers import Outer
+        >>> left, right = torch.ones(1, 2, 1, 5, 4), torch.ones(1, 2, 1, 5, 3)
+        >>> Outer(left, right).slab(0, 4)[0, 0, 0]  # 5 places, summed
+        tensor([[5., 5., 5.],
+                [5., 5., 5.],
+                [5., 5., 5.],
+                [5., 5., 5.]])
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """`k, m, g, q, p`."""
+        k = max(self.left.shape[0], self.right.shape[0])
+        return k, self.left.shape[1], self.left.shape[2], self.left.shape[-1], self.right.shape[-1]
+
+    def slab(self, start: int, stop: int) -> Tensor:
+        """Return a range of the matrices' rows."""
+        return self.left[..., start:stop].mT @ self.right
+
+    def select(self, rows: Tensor) -> Outer:
+        """Return the gradients of some samples."""
+        return Outer(self.left[:, rows], self.right[:, rows])
+
+
+@dataclasses.dataclass(frozen=True)
+class Lookup(Piece):
+    """Gradients of a table whose rows are looked up: `sum_t onehot(index[t]) right[t]^T`.
+
+    Attributes:
+        index: `(m, t)`, rows of the table.
+        right: `(k, m, t, p)`.
+        size: Number of rows of the table.
+
+    Example:
+        >>> from conjopt.measure.layers import Lookup
+        >>> piece = Lookup(torch.tensor([[2, 0, 2]]), torch.ones(1, 1, 3, 2), 4)
+        >>> piece.slab(0, 4)[0, 0, 0]
+        tensor([[1., 1.],
+                [0., 0.],
+                [2., 2.],
+                [0., 0.]])
+    """
+
+    index: Tensor
+    right: Tensor
+    size: int
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """`k, m, g, q, p`."""
+        return self.right.shape[0], self.right.shape[1], 1, self.size, self.right.shape[-1]
+
+    def slab(self, start: int, stop: int) -> Tensor:
+        """Return a range of the rows of the table."""
+        k, m, _, p = self.right.shape
+        place = self.index - start
+        place = torch.where((place >= 0) & (place < stop - start), place, stop - start)
+        found = self.right.new_zeros(k, m, stop - start + 1, p)
+        found.scatter_add_(2, place.unsqueeze(-1).expand(k, -1, -1, p), self.right)
+        return found[:, :, :-1].unsqueeze(2)
+
+    def select(self, rows: Tensor) -> Lookup:
+        """Return the gradients of some samples."""
+        return Lookup(self.index[rows], self.right[:, rows], self.size)
+
+
+def squared_norms(pieces: Sequence[Piece]) -> Tensor:
+    """Return the squared norms of a parameter's gradients for one cotangent, `(m,)`.
+
+    Args:
+        pieces: What the uses of the parameter give, with `k = 1`; their sum is the gradient.
+    """
+    merged = _merged(pieces)
+    if len(merged) != 1 or isinstance(merged[0], Lookup):
+        return sample_gram(merged)[:, 0, 0]
+    (piece,) = merged
+    if isinstance(piece, Dense):
+        return torch.linalg.vector_norm(piece.gradients[0].flatten(1), dim=1).square()
+    assert isinstance(piece, Outer)
+    left, right = piece.left[0], piece.right[0]  # (m, g, t, q), (m, g, t, p)
+    t, q, p = left.shape[2], left.shape[3], right.shape[3]
+    if t == 1:
+        return (left.square().sum((2, 3)) * right.square().sum((2, 3))).sum(1)
+    if t * (q + p) <= 1.2 * q * p:  # about where it pays on a CPU
+        return ((left @ left.mT) * (right @ right.mT)).sum((1, 2, 3))
+    total: Tensor | int = 0
+    for slab in _slabs(merged):
+        total = total + torch.linalg.vector_norm(slab[0].flatten(1), dim=1).square()
+    assert isinstance(total, Tensor)
+    return total
+
+
+def sample_gram(pieces: Sequence[Piece]) -> Tensor:
+    """Return the inner products of a parameter's gradients within each sample, `(m, k, k)`.
+
+    Args:
+        pieces: What the uses of the parameter give; their sum is the gradient.
+    """
+    merged = _merged(pieces)
+    if len(merged) == 1 and isinstance(merged[0], Outer):
+        return _outer_gram(merged[0])
+    if len(merged) == 1 and isinstance(merged[0], Lookup):
+        return _lookup_gram(merged[0])
+    if {type(piece) for piece in merged} == {Outer, Lookup} and merged[0].sizes[0] == 1:
+        table, dense = sorted(merged, key=lambda piece: isinstance(piece, Outer))
+        assert isinstance(table, Lookup)
+        assert isinstance(dense, Outer)
+        return _lookup_gram(table) + _outer_gram(dense) + 2 * _cross(table, dense)
+    total: Tensor | int = 0
+    for slab in _slabs(merged):
+        x = slab.flatten(2).transpose(0, 1)  # (m, k, coordinates)
+        total = total + x @ x.mT
+    assert isinstance(total, Tensor)
+    return total
+
+
+def batch_gram(pieces: Sequence[Piece]) -> Tensor:
+    """Return the inner products of all of a parameter's gradients, `(m, k, m, k)`.
+
+    Args:
+        pieces: What the uses of the parameter give; their sum is the gradient.
+    """
+    merged = _merged(pieces)
+    k, m, *_ = merged[0].sizes
+    if len(merged) == 1 and isinstance(merged[0], Outer) and merged[0].left.shape[3] == 1:
+        left, right = (
+            side.squeeze(3).permute(2, 1, 0, 3).flatten(1, 2)  # (g, m k or m, coordinates)
+            for side in (merged[0].left, merged[0].right)
+        )
+        grams = []
+        for side, cotangents in (
+            (left, merged[0].left.shape[0]),
+            (right, merged[0].right.shape[0]),
+        ):
+            gram = (side @ side.mT).reshape(-1, m, cotangents, m, cotangents)
+            grams.append(gram)
+        return (grams[0] * grams[1]).sum(0)
+    total: Tensor | int = 0
+    for slab in _slabs(merged):
+        x = slab.flatten(2).transpose(0, 1).flatten(0, 1)  # (m k, coordinates)
+        total = total + x @ x.T
+    assert isinstance(total, Tensor)
+    return total.reshape(m, k, m, k)
+
+
+def _merged(pieces: Sequence[Piece]) -> list[Piece]:
+    """Join pieces of one kind: sums of outer products by their places, dense ones by addition."""
+    outers = [piece for piece in pieces if isinstance(piece, Outer)]
+    tables = [piece for piece in pieces if isinstance(piece, Lookup)]
+    dense = [piece for piece in pieces if isinstance(piece, Dense)]
+    merged: list[Piece] = []
+    if len(outers) > 1:
+        sides = []
+        for parts in ([piece.left for piece in outers], [piece.right for piece in outers]):
+            k = max(part.shape[0] for part in parts)
+            sides.append(torch.cat([part.expand(k, -1, -1, -1, -1) for part in parts], 3))
+        outers = [Outer(*sides)]
+    if len(tables) > 1:
+        index = torch.cat([piece.index for piece in tables], 1)
+        tables = [Lookup(index, torch.cat([piece.right for piece in tables], 2), tables[0].size)]
+    if len(dense) > 1:
+        shape = dense[0].gradients.shape
+        dense = [Dense(torch.stack([p.gradients.reshape(shape) for p in dense]).sum(0))]
+    merged += outers
+    merged += tables
+    merged += dense
+    return merged
+
+
+def _slabs(pieces: Sequence[Piece]) -> Iterator[Tensor]:
+    """Yield the gradients in ranges of their coordinates, `(k, m, g, rows, p)`, within budget."""
+    k, m, g, q, p = pieces[0].sizes
+    if all(isinstance(piece, Dense) for piece in pieces):
+        yield pieces[0].slab(0, q)
+        return
+    for piece in pieces:  # dense ones may arrange their coordinates in another way
+        if isinstance(piece, Dense) and piece.sizes[2:] != (g, q, p):
+            pieces = [
+                Dense(other.gradients.reshape(k, m, g, q, p)) if other is piece else other
+                for other in pieces
+            ]
+    rows = max(1, BUDGET // max(1, k * m * g * p))
+    for start in range(0, q, rows):
+        stop = min(start + rows, q)
+        total = pieces[0].slab(start, stop)
+        for piece in pieces[1:]:
+            total = total + piece.slab(start, stop)
+        yield total
+
+
+def _outer_gram(piece: Outer) -> Tensor:
+    """Inner products within samples; through places or coordinates, whichever is cheaper."""
+    left, right = piece.left, piece.right
+    t, q, p = left.shape[3], left.shape[4], right.shape[4]
+    if t == 1:
+        grams = []
+        for side in (left, right):
+            x = side.squeeze(3).permute(1, 2, 0, 3)  # (m, g, k or 1, coordinates)
+            grams.append(x @ x.mT)
+        return (grams[0] * grams[1]).sum(1)
+    if t * (q + p) > q * p or left.shape[0] == right.shape[0] > 1:
+        total: Tensor | int = 0
+        for slab in _slabs([piece]):
+            x = slab.flatten(2).transpose(0, 1)
+            total = total + x @ x.mT
+        assert isinstance(total, Tensor)
+        return total
+    if left.shape[0] < right.shape[0]:
+        left, right = right, left
+    between = right[0] @ right[0].mT  # (m, g, t, t)
+    moved = (between @ left).transpose(0, 1).flatten(2)  # (m, k, g t q)
+    return moved @ left.transpose(0, 1).flatten(2).mT
+
+
+def _lookup_gram(piece: Lookup) -> Tensor:
+    """Inner products within samples: places count together where they look up the same row."""
+    same = (piece.index.unsqueeze(2) == piece.index.unsqueeze(1)).to(piece.right.dtype)
+    moved = (same @ piece.right).transpose(0, 1).flatten(2)
+    return moved @ piece.right.transpose(0, 1).flatten(2).mT
+
+
+def _cross(table: Lookup, dense: Outer) -> Tensor:
+    """Inner products, for one cotangent, of a table's gradients with a matrix' of that shape."""
+    left, right = dense.left[0, :, 0], dense.right[0, :, 0]  # (m, s, q), (m, s, p)
+    picked = left.gather(2, table.index.unsqueeze(1).expand(-1, left.shape[1], -1))  # (m, s, t)
+    return (picked * (right @ table.right[0].mT)).sum((1, 2)).reshape(-1, 1, 1)

@@ -1,0 +1,474 @@
+"""Rules: from the gradient of what a function returned to per-sample gradients of its parameters.
+
+A rule is called with a `Use` and the cotangents of the tensors that the function returned, each
+`(k, *shape)` or `None`, and returns the use's weights with what it gives them (`pieces.py`), or
+`None` where it has no answer. `register_rule` adds one for a function of your own; functions
+without a rule go through one vector-Jacobian product per sample (`by_sample.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from conjopt.measure.curvature import switched_off
+from conjopt.measure.layers.by_sample import by_sample
+from conjopt.measure.layers.layout import LOST, Samples
+from conjopt.measure.layers.pieces import Dense, Lookup, Outer, Piece
+from conjopt.measure.layers.uses import LAYOUTS, Use
+
+__all__ = ["Cotangents", "Found", "Rule", "pieces_of", "register_rule"]
+
+Found = list[tuple[Tensor, Piece]]  # weights with what this use gives
+Cotangents = Sequence[Tensor | None]
+Rule = Callable[[Use, Cotangents], Found | None]
+
+_RULES: dict[Any, Rule] = {}
+
+
+def register_rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
+    """Register a rule for functions, as a decorator.
+
+    Args:
+        functions: torch functions or methods as a `torch.overrides.TorchFunctionMode` sees them.
+
+    Returns:
+        A decorator that returns the rule.
+
+    Example:
+        >>> import torch
+        >>> from conjopt.measure.layers import Dense, register_rule
+        >>> @register_rule(torch.nn.functional.prelu)
+        ... def prelu(use, cotangents):
+        ...     x, weight = use.args
+        ...     gradients = (cotangents[0] * x.clamp(max=0)).flatten(2)
+        ...     if weight.numel() > 1:
+        ...         return None  # a rule may leave cases to the general way
+        ...     return [(weight, Dense(gradients.sum(-1)[:, :, None, None, None]))]
+    """
+
+    def register(rule: Rule) -> Rule:
+        for function in functions:
+            _RULES[function] = rule
+        return rule
+
+    return register
+
+
+def pieces_of(use: Use, cotangents: Cotangents) -> Found:
+    """Apply the rule of the function that was called, or the general way.
+
+    Args:
+        use: A use of parameters.
+        cotangents: For each tensor that the function returned, `(k, *shape)` or `None`.
+
+    Raises:
+        RuntimeError: If an argument was written to since, or samples are coupled.
+    """
+    for tensor, version in use.versions:
+        if tensor._version != version:
+            raise RuntimeError(
+                f"An argument of {getattr(use.function, '__name__', use.function)} was written to "
+                "after the call: per-sample gradients need it as it was. Write to a copy."
+            )
+    if LOST in use.where.values():
+        raise RuntimeError(
+            f"In front of {getattr(use.function, '__name__', use.function)}, samples meet each "
+            "other (a mean over the batch, batch normalisation in training mode), or are arranged "
+            "in a way that cannot be followed: there are no per-sample gradients."
+        )
+    rule = None if use.whole else _RULES.get(use.function)
+    found = None if rule is None else rule(use, cotangents)
+    return by_sample(use, cotangents) if found is None else found
+
+
+def places(use: Use, tensor: Tensor, at: Samples | None, lead: int = 0) -> Tensor | None:
+    """Arrange a tensor as `(*lead, m, t, channels)`: samples, places, and its last dimension."""
+    if at is None or at is LOST or at.dim >= tensor.ndim - lead - 1:
+        return None
+    return at.split(tensor, use.samples, lead).flatten(lead + 1, -2)
+
+
+def flat(weight: Tensor, gradients: Tensor) -> tuple[Tensor, Piece]:
+    """Pair a weight with its gradients `(k, m, *shape)`."""
+    return weight, Dense(gradients.reshape(*gradients.shape[:2], 1, 1, -1))
+
+
+@register_rule(F.linear)
+def _linear(use: Use, cotangents: Cotangents) -> Found | None:
+    x, weight, bias = (use.argument(i, n) for i, n in enumerate(("input", "weight", "bias")))
+    (b,) = cotangents
+    at = use.at(x)
+    if use.is_weight(x) or b is None or at != use.places[0]:
+        return None
+    left, right = places(use, b, at, 1), places(use, x, at)  # (k, m, t, q), (m, t, p)
+    if left is None or right is None:
+        return None
+    found: Found = []
+    if use.is_weight(weight):
+        found.append((weight, Outer(left.unsqueeze(2), right[None, :, None])))
+    if bias is not None and use.is_weight(bias):
+        found.append(flat(bias, left.sum(2)))
+    return found
+
+
+@register_rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+def _matmul(use: Use, cotangents: Cotangents) -> Found | None:
+    x, weight = use.argument(0, "input"), use.argument(1, "other")
+    (b,) = cotangents
+    if b is None or use.is_weight(x) or not use.is_weight(weight) or weight.ndim != 2:
+        return None
+    at = use.at(x)
+    if x.ndim < 2 or at != use.places[0]:
+        return None
+    left, right = places(use, x, at), places(use, b, at, 1)
+    if left is None or right is None:
+        return None
+    return [(weight, Outer(left[None, :, None], right.unsqueeze(2)))]
+
+
+@register_rule(F.embedding)
+def _embedding(use: Use, cotangents: Cotangents) -> Found | None:
+    index, weight = use.argument(0, "input"), use.argument(1, "weight")
+    padding, scaled = use.argument(2, "padding_idx"), use.argument(5, "scale_grad_by_freq", False)
+    (b,) = cotangents
+    if scaled:
+        raise RuntimeError(
+            "An embedding has scale_grad_by_freq=True, which divides by the counts of the whole "
+            "batch: there are no per-sample gradients. Set it to False."
+        )
+    at = use.at(index)
+    if b is None or at != use.places[0]:
+        return None
+    right, rows = places(use, b, at, 1), places(use, index.unsqueeze(-1), at)
+    if right is None or rows is None:
+        return None
+    rows = rows.squeeze(-1)
+    if padding is not None and padding >= 0:
+        right = right * (rows != padding).unsqueeze(-1)
+    return [(weight, Lookup(rows, right, weight.shape[0]))]
+
+
+_ADDS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+_SUBTRACTS = (torch.sub, Tensor.sub, Tensor.__sub__, torch.subtract, Tensor.subtract)
+_MULTIPLIES = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.multiply)
+
+
+@register_rule(*_ADDS, *_SUBTRACTS, *_MULTIPLIES)
+def _elementwise(use: Use, cotangents: Cotangents) -> Found | None:
+    a, other = use.argument(0, "input"), use.argument(1, "other")
+    (b,) = cotangents
+    if b is None or use.kwargs.get("alpha", 1) != 1 or len(use.weights) != 1:
+        return None
+    weight = use.weights[0]
+    x = other if a is weight else a
+    if not isinstance(x, Tensor) or not use.plain(0) or use.is_weight(x):
+        return None
+    if weight.ndim == b.ndim - 1 and weight.shape[0] != 1:
+        return None
+    if use.function in _MULTIPLIES:
+        b = b * x
+    elif use.function in _SUBTRACTS and other is weight:
+        b = -b
+    return [flat(weight, _reduced(b, weight.shape, 0))]
+
+
+@register_rule(Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to)
+def _expand(use: Use, cotangents: Cotangents) -> Found | None:
+    (b,), weight, at = cotangents, use.args[0], use.places[0]
+    if b is None or at is None or at is LOST:
+        return None
+    return [flat(weight, _reduced(b, weight.shape, at.dim))]
+
+
+def _reduced(b: Tensor, shape: torch.Size, dim: int) -> Tensor:
+    """Sum cotangents over the dimensions that a weight was broadcast along, but for samples'."""
+    full = (1,) * (b.ndim - 1 - len(shape)) + shape
+    summed = [i + 1 for i, size in enumerate(full) if size == 1 and i != dim]
+    return (b.sum(summed, keepdim=True) if summed else b).movedim(dim + 1, 1)
+
+
+@register_rule(F.layer_norm)
+def _layer_norm(use: Use, cotangents: Cotangents) -> Found | None:
+    x, shape = use.argument(0, "input"), use.argument(1, "normalized_shape")
+    weight, bias = use.argument(2, "weight"), use.argument(3, "bias")
+    eps = use.argument(4, "eps", 1e-5)
+    return _affine(
+        use, cotangents, weight, bias, lambda: F.layer_norm(x, shape, eps=eps), len(shape)
+    )
+
+
+@register_rule(F.rms_norm)
+def _rms_norm(use: Use, cotangents: Cotangents) -> Found | None:
+    x, shape = use.argument(0, "input"), use.argument(1, "normalized_shape")
+    weight, eps = use.argument(2, "weight"), use.argument(3, "eps")
+    return _affine(use, cotangents, weight, None, lambda: F.rms_norm(x, shape, eps=eps), len(shape))
+
+
+def _affine(
+    use: Use,
+    cotangents: Cotangents,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    normalised: Callable[[], Tensor],
+    trailing: int,
+) -> Found | None:
+    """Scale and shift of the last dimensions."""
+    (b,), at = cotangents, use.places[0]
+    if b is None or at is None or at.dim >= b.ndim - 1 - trailing:
+        return None
+    by_place = places(use, b.flatten(-trailing), at, 1)
+    if by_place is None:
+        return None
+    found: Found = []
+    if weight is not None and use.is_weight(weight):
+        with torch.no_grad():
+            x = places(use, normalised().flatten(-trailing), at)
+        found.append(flat(weight, (by_place * x).sum(2)))
+    if bias is not None and use.is_weight(bias):
+        found.append(flat(bias, by_place.sum(2)))
+    return found
+
+
+@register_rule(F.group_norm)
+def _group_norm(use: Use, cotangents: Cotangents) -> Found | None:
+    x, groups = use.argument(0, "input"), use.argument(1, "num_groups")
+    weight, bias = use.argument(2, "weight"), use.argument(3, "bias")
+    eps = use.argument(4, "eps", 1e-5)
+    return _by_channel(use, cotangents, weight, bias, lambda: F.group_norm(x, groups, eps=eps))
+
+
+@register_rule(F.instance_norm)
+def _instance_norm(use: Use, cotangents: Cotangents) -> Found | None:
+    names = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats")
+    x, mean, var, weight, bias, own = (use.argument(i, name) for i, name in enumerate(names))
+    own, eps = True if own is None else own, use.argument(7, "eps", 1e-5)
+
+    def normalised() -> Tensor:
+        if own:
+            return F.instance_norm(x, eps=eps)
+        return F.instance_norm(x, mean, var, use_input_stats=False, eps=eps)
+
+    return _by_channel(use, cotangents, weight, bias, normalised)
+
+
+@register_rule(F.batch_norm, torch.batch_norm)
+def _batch_norm(use: Use, cotangents: Cotangents) -> Found | None:
+    names = ("input", "running_mean", "running_var", "weight", "bias", "training")
+    x, mean, var, weight, bias, training = (use.argument(i, name) for i, name in enumerate(names))
+    eps = use.argument(7, "eps", 1e-5)
+    if training:
+        raise RuntimeError(
+            "The model has batch normalisation in training mode, which couples the samples of a "
+            "batch: there are no per-sample gradients. Call model.eval() first, or use group or "
+            "layer normalisation."
+        )
+    normalised = lambda: F.batch_norm(x, mean, var, eps=eps)  # noqa: E731
+    return _by_channel(use, cotangents, weight, bias, normalised)
+
+
+@register_rule(F.prelu)
+def _prelu(use: Use, cotangents: Cotangents) -> Found | None:
+    (x, weight), (b,) = (use.argument(0, "input"), use.argument(1, "weight")), cotangents
+    if b is None or b.ndim < 3 or not use.plain(0):
+        return None
+    by_channel = (b * x.clamp(max=0)).unsqueeze(-1).flatten(3).sum(-1)
+    return [flat(weight, by_channel if weight.numel() > 1 else by_channel.sum(-1))]
+
+
+def _by_channel(
+    use: Use,
+    cotangents: Cotangents,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    normalised: Callable[[], Tensor],
+) -> Found | None:
+    """Scale and shift of dimension 1, samples along dimension 0."""
+    (b,) = cotangents
+    if b is None or not use.plain(0):
+        return None
+    found: Found = []
+    if weight is not None and use.is_weight(weight):
+        with torch.no_grad():
+            x = normalised()
+        found.append(flat(weight, (b * x).unsqueeze(-1).flatten(3).sum(-1)))
+    if bias is not None and use.is_weight(bias):
+        found.append(flat(bias, b.unsqueeze(-1).flatten(3).sum(-1)))
+    return found
+
+
+@register_rule(torch.conv1d, torch.conv2d, torch.conv3d)
+def _convolution(use: Use, cotangents: Cotangents) -> Found | None:
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    defaults = (None, None, None, 1, 0, 1, 1)
+    x, weight, bias, stride, padding, dilation, groups = (
+        use.argument(i, name, default)
+        for i, (name, default) in enumerate(zip(names, defaults, strict=True))
+    )
+    dims = weight.ndim - 2
+    if isinstance(padding, str):
+        if padding == "same" and use.is_weight(weight):
+            total = [
+                d * (size - 1)
+                for d, size in zip(_each(dilation, dims), weight.shape[2:], strict=True)
+            ]
+            pads = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
+            x = F.pad(x, pads)
+        padding = 0
+    options = [_each(value, dims) for value in (stride, padding, dilation)]
+    return _convolve(use, cotangents, x, weight, bias, (*options, False, [0] * dims, groups))
+
+
+@register_rule(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+def _transposed(use: Use, cotangents: Cotangents) -> Found | None:
+    names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+    defaults = (None, None, None, 1, 0, 0, 1, 1)
+    x, weight, bias, stride, padding, extra, groups, dilation = (
+        use.argument(i, name, default)
+        for i, (name, default) in enumerate(zip(names, defaults, strict=True))
+    )
+    dims = weight.ndim - 2
+    stride, padding, dilation, extra = (
+        _each(value, dims) for value in (stride, padding, dilation, extra)
+    )
+    options = (stride, padding, dilation, True, extra, groups)
+    return _convolve(use, cotangents, x, weight, bias, options)
+
+
+def _convolve(
+    use: Use,
+    cotangents: Cotangents,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: tuple[Any, ...],
+) -> Found | None:
+    """Convolutions: the samples become groups of one convolution's weight gradient."""
+    (b,) = cotangents
+    m = use.samples
+    if b is None or use.is_weight(x) or x.ndim != weight.ndim or not use.plain(0):
+        return None
+    found: Found = []
+    if bias is not None and use.is_weight(bias):
+        found.append(flat(bias, b.flatten(3).sum(-1)))
+    if use.is_weight(weight):
+        *rest, groups = options
+        if groups == 1 and not options[3] and _few_places(b, weight):
+            unfolded = _unfold(x, weight, *options[:3])
+            return [*found, (weight, Outer(b.flatten(3).mT.unsqueeze(2), unfolded[None, :, None]))]
+        if len(b) > 1 and not options[3] and _one_product(b, weight, groups):
+            seen = _unfold(x, weight, *options[:3]).unflatten(2, (groups, -1)).transpose(1, 2)
+            left = b.flatten(3).unflatten(2, (groups, -1)).permute(1, 2, 0, 3, 4)
+            product = left.flatten(2, 3) @ seen  # (m, g, k q, t) @ (m, g, t, p)
+            product = product.unflatten(2, (len(b), -1)).permute(2, 0, 1, 3, 4)
+            return [*found, flat(weight, product)]
+        wide = weight.new_empty(1).expand(m * weight.shape[0], *weight.shape[1:])
+        inputs = x.reshape(1, -1, *x.shape[2:])
+        gradients = [
+            torch.ops.aten.convolution_backward(
+                c.reshape(1, -1, *c.shape[2:]),
+                inputs,
+                wide,
+                None,
+                *rest,
+                m * groups,
+                [False, True, False],
+            )[1]
+            for c in b
+        ]
+        stacked = torch.stack(gradients) if len(b) > 1 else gradients[0]
+        found.append(flat(weight, stacked.reshape(len(b), m, -1)))
+    return found
+
+
+def _few_places(b: Tensor, weight: Tensor) -> bool:
+    """Whether inner products through places are cheaper than through coordinates."""
+    places, q = math.prod(b.shape[3:]), weight.shape[0]
+    p = weight.numel() // q
+    return weight.ndim < 5 and places * (q + p) < 0.6 * q * p
+
+
+def _one_product(b: Tensor, weight: Tensor, groups: int) -> bool:
+    """Whether one matrix product for all cotangents is faster than a convolution for each.
+
+    On a CPU it is not where convolutions have fast kernels: many places, channels by eights.
+    """
+    blocked = weight.shape[1] % 8 == 0 and (weight.shape[0] // groups) % 8 == 0
+    many = math.prod(b.shape[3:]) >= 128 and math.prod(weight.shape[2:]) > 1
+    return weight.ndim < 5 and (b.is_cuda or not (blocked and many))
+
+
+def _unfold(
+    x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
+) -> Tensor:
+    """Return what the kernel sees at each place, `(m, places, p)`, in one or two dimensions."""
+    kernel = list(weight.shape[2:])
+    if weight.ndim == 3:
+        x, kernel = x.unsqueeze(2), [1, *kernel]
+        stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
+    return F.unfold(x, tuple(kernel), tuple(dilation), tuple(padding), tuple(stride)).mT
+
+
+@register_rule(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+def _recurrent(use: Use, cotangents: Cotangents) -> Found | None:
+    if not isinstance(use.args[2], tuple | list):
+        raise RuntimeError(
+            "A recurrent network was given a packed sequence, whose samples are interleaved: "
+            "per-sample gradients need a padded batch."
+        )
+    dropout, training = use.args[5], use.args[6]
+    if dropout and training:
+        raise RuntimeError(
+            "A recurrent network drops out between its layers, and that cannot be repeated: call "
+            "model.eval() first, or set its dropout to 0."
+        )
+    with switched_off(torch.backends.mkldnn), switched_off(torch.backends.cudnn):
+        return by_sample(use, cotangents)
+
+
+def _recurrent_layout(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[int, int | None], Sequence[int]]:
+    states = args[1] if isinstance(args[1], tuple | list) else (args[1],)
+    along = 0 if args[8] else 1
+    return {id(args[0]): along, **{id(state): 1 for state in states}}, (along, 1, 1)
+
+
+@register_rule(F.multi_head_attention_forward)
+def _attention(use: Use, cotangents: Cotangents) -> Found | None:
+    training, dropout = use.kwargs.get("training", True), use.args[10]
+    if training and dropout:
+        raise RuntimeError(
+            "Attention drops out, and that cannot be repeated: call model.eval() first, or set "
+            "its dropout to 0."
+        )
+    with sdpa_kernel(SDPBackend.MATH):  # the only one that is vectorised over samples
+        return by_sample(use, cotangents)
+
+
+def _attention_layout(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[int, int | None], Sequence[int]]:
+    dims: dict[int, int | None] = {id(tensor): 1 for tensor in args[:3]}
+    padding, mask = kwargs.get("key_padding_mask"), kwargs.get("attn_mask")
+    if padding is not None:
+        dims[id(padding)] = 0
+    if mask is not None:
+        dims[id(mask)] = 0 if mask.ndim == 3 else None
+    return dims, (1, 0)
+
+
+LAYOUTS[F.multi_head_attention_forward] = _attention_layout
+LAYOUTS.update(
+    dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurrent_layout)
+)
+
+
+def _each(value: Any, dims: int) -> list[int]:
+    return [value] * dims if isinstance(value, int) else list(value) * (dims // len(value))
