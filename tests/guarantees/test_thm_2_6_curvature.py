@@ -1,4 +1,7 @@
-"""Thm 2.6 on random instances in float64: ``u^T GGN u`` is what forward mode says, and bounded."""
+"""Thm 2.6 on random instances in float64: ``u^T GGN u`` is what forward mode says, and bounded.
+
+So is the greatest eigenvalue: ``hi(GGN) <= beta hi(K_B) / m``, on all outputs and on ``V^m``.
+"""
 
 import dataclasses
 
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from conjopt.measure import curvature_along
+from conjopt.measure.spectrum import top_curvature, top_structure
 from conjopt.potentials import Logistic, Potential, Softmax, Squared
 
 POTENTIALS = [Softmax(), Squared(), Logistic()]
@@ -130,3 +134,40 @@ def test_the_bound_is_attained():
     measured = curvature_along(model, Softmax(), torch.tensor([[3.0, 4.0]]).double(), {"weight": u})
     # K_B = ||x||^2 I, beta = 1/2, m = 1
     assert measured.item() == pytest.approx(0.5 * 25 * u.square().sum().item(), rel=1e-14)
+
+
+@settings(deadline=None, max_examples=60)
+@given(instances(), st.integers(1, 20))
+def test_the_greatest_curvature_is_at_most_beta_times_that_of_the_structure_matrix(
+    instance: Instance, steps: int
+):
+    for name, parameter in instance.model.named_parameters():
+        parameter.requires_grad_(name in instance.direction)
+    J, H, _ = dense(instance)
+    m, k, _ = J.shape
+    JJ = J.flatten(0, 1)
+    GGN = JJ.T @ torch.block_diag(*H) @ JJ / m
+    beta, potential = instance.potential.smoothness, instance.potential
+    size = 1e-13 * J.square().sum().item() / m
+    hi = torch.linalg.eigvalsh(GGN)[-1].item()
+    measured = top_curvature(instance.model, potential, instance.inputs, steps=steps)
+    assert measured.value.item() <= hi + size
+    on_V = potential.tangent_projection(J.movedim(1, -1)).movedim(-1, 1)
+    for jacobian, space in ((J, None), (on_V, potential)):
+        K_B = jacobian.reshape(m * k, -1) @ jacobian.reshape(m * k, -1).T
+        bound = beta * torch.linalg.eigvalsh(K_B)[-1].item() / m
+        assert hi <= bound + size
+        # Both measured, the right side with as many products as it has rows.
+        right = top_structure(instance.model, instance.inputs, potential=space, steps=m * k + 1)
+        assert measured.value.item() <= beta * right.value.item() / m * (1 + 1e-9) + size
+
+
+def test_the_bound_on_the_greatest_curvature_is_attained():
+    # Undecided logits of two classes: H = beta on V for every sample.
+    model = nn.Linear(2, 2).double()
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    x = torch.tensor([[3.0, 4.0], [1.0, -1.0], [0.0, 2.0]]).double()
+    curvature = top_curvature(model, Softmax(), x)
+    structure = top_structure(model, x, potential=Softmax())
+    assert curvature.value.item() == pytest.approx(0.5 * structure.value.item() / 3, rel=1e-12)

@@ -1,0 +1,392 @@
+"""Structure matrices and their extreme eigenvalues (Thm 2.1 and 2.4).
+
+The Jacobians of the outputs are never formed: vectors of a basis of the outputs are pulled back to
+the layers, and only inner products of what arrives there are taken (`conjopt.measure.layers`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
+
+from conjopt.measure.last_layer import one_output, plain_forward, samples_of
+from conjopt.measure.layers.pieces import Piece, batch_gram, sample_gram
+from conjopt.measure.layers.tape import Tape
+from conjopt.measure.replay import RandomState, Replay
+from conjopt.potentials import Potential
+
+__all__ = ["batch_structure_matrix", "extreme_eigenvalues", "structure_matrix", "tangent_basis"]
+
+_LARGE = 2**18  # elements of inputs of which two samples are tried first
+# Functions whose gradients stay in factors; others give a weight's size for each output.
+_FACTORED = {
+    F.linear,
+    F.embedding,
+    torch.mm,
+    torch.matmul,
+    Tensor.mm,
+    Tensor.matmul,
+    Tensor.__matmul__,
+}
+
+
+def structure_matrix(
+    model: nn.Module, inputs: Any, *, potential: Potential | None = None, memory: float = 2**28
+) -> Tensor:
+    """Return the structure matrices `A_i = J_i J_i^T` of all samples.
+
+    `J_i` is the Jacobian of all that the model returns for sample `i`, flattened to `k` numbers, in
+    the parameters that require gradients; a sequence is one sample. On the simplex, `V` holds what
+    sums to zero over the classes, dimension 1 of the outputs, at every further place: the Jacobian
+    is projected on it before the product, with the rows of `tangent_basis` as coordinates.
+
+    The model runs in the mode it is in, on copies of its buffers, and draws from the random number
+    generators without moving them. The batch is taken in parts, tensors among the inputs with `m`
+    along dimension 0, or else 1, being split, unless the model draws random numbers: its draws
+    belong to the whole batch.
+
+    Args:
+        model: Returns one floating-point tensor, samples along dimension 0.
+        inputs: Of the model: a tensor, or a tuple or a dict of its arguments.
+        potential: Of the loss, for its tangent space `V`; without one, all of `R^k`.
+        memory: Bytes that the gradients of the layers may take, as estimated from the shapes of the
+            layers' results; a single sample is always taken. The graph of the forward of a part and
+            the result come on top.
+
+    Returns:
+        Shape `(m, k, k)`, or `(m, d, d)` with `d = dim V`, in squared units of the outputs per unit
+        of the parameters; zeros without trainable parameters. Symmetric and positive semidefinite
+        up to rounding; float32 or wider.
+
+    Raises:
+        ValueError: If the model does not return one tensor with the samples along dimension 0, if a
+            potential on the simplex finds no dimension of classes, and, on the CPU, if outputs are
+            not finite; on other devices NaN goes on to the results.
+        RuntimeError: If there are no per-sample gradients, as for batch normalisation in training
+            mode, or if parameters are used out of sight.
+
+    Reference:
+        docs/theory.md, Thm 2.1.
+
+    Example:
+        >>> from conjopt.measure import structure_matrix
+        >>> from conjopt.potentials import Softmax
+        >>> model, x = nn.Linear(2, 2), torch.tensor([[3.0, 4.0]])
+        >>> structure_matrix(model, x)  # (||x||^2 + 1) I
+        tensor([[[26.,  0.],
+                 [ 0., 26.]]])
+        >>> structure_matrix(model, x, potential=Softmax()).shape
+        torch.Size([1, 1, 1])
+    """
+    batch = _Batch("structure_matrix", model, inputs, potential, memory)
+    if batch.samples == 0:
+        return batch.empty()
+    parts, tape = batch.plan()
+    if len(parts) == 1:
+        return batch.gram(tape or batch.forward(parts), sample_gram)
+    return torch.cat([batch.gram(batch.forward([part]), sample_gram) for part in parts])
+
+
+def batch_structure_matrix(
+    model: nn.Module, inputs: Any, *, potential: Potential | None = None, memory: float = 2**28
+) -> Tensor:
+    """Return the structure matrix `K_B` of the batch, with the blocks `J_i J_j^T`.
+
+    Args:
+        model: As for `structure_matrix`.
+        inputs: As for `structure_matrix`.
+        potential: As for `structure_matrix`.
+        memory: As for `structure_matrix`; a batch that needs more is taken in pairs of parts, which
+            are pulled back once for each other part.
+
+    Returns:
+        Shape `(m k, m k)`, or `(m d, m d)`, sample-major: the coordinates of sample 0 come first.
+
+    Raises:
+        ValueError: As for `structure_matrix`.
+        RuntimeError: As for `structure_matrix`.
+
+    Reference:
+        docs/theory.md, Thm 2.4.
+
+    Example:
+        >>> from conjopt.measure import batch_structure_matrix
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> batch_structure_matrix(model, torch.tensor([[1.0, 0.0], [3.0, 4.0]]))
+        tensor([[ 1.,  3.],
+                [ 3., 25.]])
+    """
+    batch = _Batch("batch_structure_matrix", model, inputs, potential, memory)
+    if batch.samples == 0:
+        return batch.empty().reshape(0, 0)
+    parts, tape = batch.plan(at_once=2)
+    if len(parts) == 1:
+        found = batch.gram(tape or batch.forward(parts), batch_gram)
+        return found.flatten(2).flatten(0, 1)
+    blocks: dict[tuple[int, int], Tensor] = {}
+    for i, j in itertools.combinations(range(len(parts)), 2):
+        gram = batch.gram(batch.forward([parts[i], parts[j]]), batch_gram)
+        place = {i: slice(len(parts[i])), j: slice(len(parts[i]), None)}
+        for a, b in itertools.product((i, j), repeat=2):
+            if (a, b) not in blocks:
+                blocks[a, b] = gram[place[a], :, place[b]].flatten(2).flatten(0, 1)
+    numbers = range(len(parts))
+    return torch.cat([torch.cat([blocks[i, j] for j in numbers], 1) for i in numbers])
+
+
+def extreme_eigenvalues(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the least and the greatest eigenvalue of symmetric matrices, exactly.
+
+    All eigenvalues are computed, in float64, on the matrices' device. The symmetric part counts.
+
+    Args:
+        matrix: Symmetric matrices, shape `(..., d, d)`.
+
+    Returns:
+        `lo` and `hi`, each of shape `(...)`, in the matrices' units and dtype; zeros for `d = 0`.
+        The `lo` of a semidefinite matrix may be negative by rounding, of size `eps * hi`. On
+        devices other than the CPU, NaN for matrices that are not finite.
+
+    Raises:
+        ValueError: If the matrices are not square or, on the CPU, not finite.
+
+    Reference:
+        docs/theory.md, Thm 2.1.
+
+    Example:
+        >>> from conjopt.measure import extreme_eigenvalues
+        >>> extreme_eigenvalues(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+        (tensor(1.), tensor(3.))
+    """
+    if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
+        raise ValueError(
+            f"extreme_eigenvalues: expected square matrices (..., d, d), got shape "
+            f"{tuple(matrix.shape)}"
+        )
+    matrix = matrix.detach()
+    if not matrix.is_floating_point():
+        matrix = matrix.double()
+    if matrix.numel() == 0:
+        zeros = matrix.new_zeros(matrix.shape[:-2])
+        return zeros, zeros.clone()
+    finite = matrix.isfinite().all(-1).all(-1)
+    if matrix.device.type == "cpu" and not finite.all():
+        raise ValueError(
+            f"extreme_eigenvalues: {int((~finite).sum())} of {finite.numel()} matrices hold NaN or "
+            "infinity, which have no eigenvalues; leave them out"
+        )
+    wide = torch.where(finite[..., None, None], matrix.double(), 0)
+    values = torch.linalg.eigvalsh((wide + wide.mT) / 2).to(matrix.dtype)
+    values = torch.where(finite.unsqueeze(-1), values, math.nan)
+    return values[..., 0], values[..., -1]
+
+
+def tangent_basis(
+    shape: Sequence[int],
+    potential: Potential | None = None,
+    *,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Return an orthonormal basis of the tangent space `V` of one sample's outputs.
+
+    Args:
+        shape: Of the outputs of one sample, `k` numbers; on the simplex the classes come first.
+        potential: Of the loss; without one, and off the simplex, `V` is all of `R^k`.
+        device: Of the result.
+
+    Returns:
+        Shape `(d, k)`, in float64. On the simplex, `d = (C - 1) T` for `C` classes at `T` places:
+        contrasts of each class with the ones before it, and within a contrast the places in order.
+
+    Raises:
+        ValueError: If a potential on the simplex finds no dimension of classes.
+
+    Example:
+        >>> from conjopt.measure.structure import tangent_basis
+        >>> from conjopt.potentials import Softmax
+        >>> tangent_basis((2,), Softmax())
+        tensor([[ 0.7071, -0.7071]], dtype=torch.float64)
+    """
+    options: Any = {"dtype": torch.float64, "device": device}
+    if potential is None or not potential.on_simplex:
+        return torch.eye(math.prod(shape), **options)
+    if not shape:
+        raise ValueError(
+            f"the outputs have no dimension of classes, which {potential!r} needs: expected "
+            "(N, C) or (N, C, d1, ...)"
+        )
+    classes, places = shape[0], math.prod(shape[1:])
+    number = torch.arange(classes, **options)
+    rank = number[1:].unsqueeze(1)  # of the contrast: so many classes come before its own
+    contrasts = ((number < rank).to(rank) - rank * (number == rank)) / (rank * (rank + 1)).sqrt()
+    return torch.kron(contrasts, torch.eye(places, **options))
+
+
+class _Batch:
+    """A batch, forwards on parts of it, and the inner products of gradients that they give."""
+
+    def __init__(
+        self, name: str, model: nn.Module, inputs: Any, potential: Potential | None, memory: float
+    ) -> None:
+        if potential is not None and not isinstance(potential, Potential):
+            raise ValueError(
+                f"{name}: potential must be a conjopt.potentials.Potential or None, got "
+                f"{type(potential).__name__}; see conjopt.losses.potential_of"
+            )
+        if not memory > 0:
+            raise ValueError(f"{name}: memory must be a positive number of bytes, got {memory!r}")
+        self.name, self.model, self.potential, self.memory = name, model, potential, memory
+        self.inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
+        self.samples = samples_of(inputs)
+        self._draws = False
+
+    def empty(self) -> Tensor:
+        """Return the structure matrices of no samples, `(0, d, d)`."""
+        output = one_output(self.name, plain_forward(self.model, self.inputs), 0)
+        d = len(self._basis(output))
+        return torch.zeros(0, d, d, dtype=_at_least_float32(output), device=output.device)
+
+    def plan(self, at_once: int = 1) -> tuple[list[range], Tape | None]:
+        """Split the batch into parts of which `at_once` fit the memory; and a forward of it all.
+
+        The forward of a whole batch of small inputs comes first and tells the sizes; of a batch of
+        large ones two samples tell them. A part has no size that another dimension has, too.
+        """
+        m = self.samples
+        leaves = tree_leaves(self.inputs)
+        large = sum(leaf.numel() for leaf in leaves if isinstance(leaf, Tensor)) > _LARGE
+        first = min(m, 2) if large else m
+        tape = self.forward([range(first)])
+        by_sample = self._bytes(tape) / first
+        others = _other_sizes(tape)
+        if self._draws or m == 1 or (m * by_sample <= self.memory and m not in others):
+            return [range(m)], tape if first == m else None
+        size = max(1, math.floor(self.memory / (at_once * by_sample)))
+        return _split(m, min(m - 1, size), others, at_once), None
+
+    def forward(self, parts: Sequence[range]) -> Tape:
+        """Run the model on parts of the batch."""
+        inputs = self.inputs
+        if sum(map(len, parts)) < self.samples:
+            inputs = tree_map(lambda leaf: _taken(leaf, parts, self.samples), inputs)
+        model = getattr(self.model, "_orig_mod", self.model)
+        before = Replay.random_state(model)
+
+        def compare(*_: Any) -> None:
+            self._draws = not _equal(before, Replay.random_state(model))
+
+        handle = model.register_forward_hook(compare)
+        try:
+            tape = Tape(model, inputs)
+        finally:
+            handle.remove()
+        output = one_output(self.name, tape.outputs, tape.samples)
+        if output.device.type == "cpu" and not output.isfinite().all():
+            bad = int((~output.detach().isfinite()).flatten(1).any(1).sum())
+            raise ValueError(
+                f"{self.name}: the outputs of {bad} of {tape.samples} samples hold NaN or infinity"
+            )
+        return tape
+
+    def gram(self, tape: Tape, inner_products: Callable[[Sequence[Piece]], Tensor]) -> Tensor:
+        """Sum the inner products over the parameters."""
+        (output,) = tape.outputs
+        basis, dtype = self._basis(output), _at_least_float32(output)
+        m, d = tape.samples, len(basis)
+        shape = (m, d, d) if inner_products is sample_gram else (m, d, m, d)
+        total = torch.zeros(shape, dtype=dtype, device=output.device)
+        if d == 0 or not output.requires_grad:
+            return total
+        cotangents = [[row.reshape(output.shape[1:]).expand_as(output)] for row in basis]
+        with torch.no_grad():
+            for _, pieces in tape.pull([output], cotangents):
+                total = total + inner_products([_cast(piece, dtype) for piece in pieces])
+        return total
+
+    def _basis(self, output: Tensor) -> Tensor:
+        try:
+            basis = tangent_basis(output.shape[1:], self.potential, device=output.device)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}, got {tuple(output.shape)}") from None
+        return basis.to(output.dtype)
+
+    def _bytes(self, tape: Tape) -> int:
+        """Estimate what the gradients of the layers take."""
+        elements = 0
+        for use in tape.uses:
+            elements += 2 * sum(map(math.prod, use.shapes))  # one by one, and stacked
+            if use.function not in _FACTORED:
+                elements += tape.samples * sum(weight.numel() for weight in use.weights)
+        (output,) = tape.outputs
+        return max(1, len(self._basis(output)) * elements * _at_least_float32(output).itemsize)
+
+
+def _at_least_float32(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _cast(piece: Piece, dtype: torch.dtype) -> Piece:
+    fields: Any = piece
+    changed = {
+        field.name: value.to(dtype)
+        for field in dataclasses.fields(fields)
+        if isinstance(value := getattr(piece, field.name), Tensor)
+        and value.is_floating_point()
+        and value.dtype != dtype
+    }
+    return dataclasses.replace(fields, **changed) if changed else piece
+
+
+def _equal(a: RandomState, b: RandomState) -> bool:
+    return torch.equal(a[0], b[0]) and all(torch.equal(a[1][d], b[1][d]) for d in a[1])
+
+
+def _taken(leaf: Any, parts: Sequence[range], samples: int) -> Any:
+    """Take parts of an input that has the samples along dimension 0, or else 1."""
+    if not isinstance(leaf, Tensor) or samples not in leaf.shape[:2]:
+        return leaf
+    dim = leaf.shape.index(samples)
+    return torch.cat([leaf.narrow(dim, part.start, len(part)) for part in parts], dim)
+
+
+def _other_sizes(tape: Tape) -> set[int]:
+    """Sizes that a number of samples should not have: of dimensions that could pass for theirs."""
+    sizes: set[int] = set()
+    for use in tape.uses:
+        given = [t for t, _ in use.versions if not use.is_weight(t) and id(t) not in use.constants]
+        shapes = [shape for shape in use.shapes if len(shape) > 2]
+        shapes += [t.shape for t in given if t.ndim > 2 or not t.is_floating_point()]
+        for shape in shapes:
+            first = list(shape[:2])
+            if tape.samples in first:
+                first.remove(tape.samples)
+            sizes.update(first)
+    return sizes - {1}  # of a single sample any dimension of one will do
+
+
+def _split(samples: int, size: int, others: set[int], at_once: int) -> list[range]:
+    """Split into equal parts of at most a size, alone and together of no other dimension's size."""
+
+    def parts(number: int) -> list[range]:
+        ends = [i * samples // number for i in range(number + 1)]
+        return [range(*pair) for pair in itertools.pairwise(ends)]
+
+    least = -(-samples // size)
+    # Rather too much memory than a dimension that is mistaken for another.
+    for number in (*range(least, samples + 1), *range(least - 1, 0, -1)):
+        small, great = samples // number, -(-samples // number)
+        if number <= at_once:
+            taken = {samples}
+        else:
+            taken = {2 * small, small + great, 2 * great} if at_once == 2 else {small, great}
+        if not taken & others:
+            return parts(number)
+    return parts(least)
