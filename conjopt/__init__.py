@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from importlib.metadata import version as _version
 
-from conjopt import entropy, losses, measure, optim, potentials, report
+from conjopt import bounds, entropy, losses, measure, optim, potentials, report
 from conjopt.optim import ConjSGD
 
-__all__ = ["ConjSGD", "entropy", "losses", "measure", "optim", "potentials", "report"]
+__all__ = ["ConjSGD", "bounds", "entropy", "losses", "measure", "optim", "potentials", "report"]
 
 __version__ = _version("conjopt")

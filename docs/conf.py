@@ -29,6 +29,8 @@ autodoc_typehints_description_target = "documented_params"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+# Attributes as fields of their class: those of named tuples are listed as members already.
+napoleon_use_ivar = True
 
 myst_enable_extensions = ["dollarmath"]
 # Headings get the anchors that GitHub gives them, so that links work in both places.
