@@ -36,6 +36,7 @@ docs: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/python tests/benchmarks/step_time.py
 	$(BIN)/python tests/benchmarks/loss_time.py
+	$(BIN)/python tests/benchmarks/measuring.py
 	$(BIN)/python tests/benchmarks/weak_spots.py
 	if [ -d "$(DATA)" ]; then $(BIN)/python tests/benchmarks/training.py --data "$(DATA)"; fi
 

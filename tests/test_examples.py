@@ -12,6 +12,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 def test_every_example_is_tested():
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "architecture.py",
         "ten_lines.py",
         "beyond_the_plain_loop.py",
         "choosing_a_potential.py",
@@ -42,3 +43,21 @@ def test_potentials_are_drawn(tmp_path):
     code = f"import runpy; runpy.run_path({str(script)!r})['draw']('potentials.png')"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=300)
     assert (tmp_path / "potentials.png").stat().st_size > 20_000
+
+
+def test_architectures_are_measured_and_drawn(tmp_path):
+    script = EXAMPLES / "architecture.py"
+    run = subprocess.run(
+        [sys.executable, "-W", "error", script, "--epochs", "1", "--plot", "picture.png"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    rows = re.findall(r"^(.*?)  +([\d.]+) -> .*\[([\d.e-]+), ([\d.e-]+|inf)\]$", run.stdout, re.M)
+    assert len(rows) == 6
+    least = {name: float(lo) for name, lo, _, _ in rows}
+    assert least["deep residual (12 layers of 64)"] > 2 * least["deep plain (12 layers of 64)"]
+    assert least["wide (3 layers of 512)"] > 2 * least["wide, 95 % pruned"]
+    assert (tmp_path / "picture.png").stat().st_size > 20_000

@@ -413,7 +413,7 @@ class Wrong(nn.Module):
 @pytest.mark.parametrize(
     ("change", "inputs", "options", "error", "message"),
     [
-        (lambda f: f.sum(), torch.ones(2, 2), {}, ValueError, "shape .* for 2 samples"),
+        (lambda f: f.sum(), torch.ones(2, 2), {}, ValueError, "for 2 samples"),
         (lambda f: f.flatten(), torch.ones(2, 2), {}, ValueError, "along dimension 0"),
         (lambda f: (f, f), torch.ones(2, 2), {}, ValueError, "returned 2 floating-point"),
         (lambda f: f.argmax(1), torch.ones(2, 2), {}, ValueError, "returned 0 floating-point"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,17 +12,17 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from conjopt.measure.layers import Use
-from conjopt.measure.layers.tape import Tape, as_arguments, number_of_samples
+from conjopt.measure.layers.rules import places
+from conjopt.measure.layers.tape import Tape, as_arguments
 from conjopt.measure.replay import Replay
 
-__all__ = ["last_layer_bound", "one_output", "plain_forward", "samples_of"]
+__all__ = ["empty_output", "is_empty", "last_layer_bound"]
 
 # Functions that rearrange a tensor and change none of its numbers.
 _REARRANGES = re.compile(
     "(T|Transpose|Permute|View|UnsafeView|ReshapeAlias|Squeeze|Unsqueeze|Clone|Alias|ToCopy)"
     r"Backward\d*"
 )
-_DIGIT = 128  # numbers below it are exact in every floating-point format
 
 
 def last_layer_bound(
@@ -58,19 +57,17 @@ def last_layer_bound(
         >>> last_layer_bound(nn.Linear(2, 5), torch.tensor([[3.0, 4.0]]))
         tensor([26.])
     """
-    name, m = "last_layer_bound", samples_of(inputs)
-    if m == 0:
-        return one_output(name, plain_forward(model, inputs), 0).new_zeros(0)
+    if is_empty(inputs):
+        return empty_output(model, inputs).new_zeros(0)
     tape = Tape(model, inputs)
-    output = one_output(name, tape.outputs, m)
-    use, bias = _last_layer(getattr(model, "_orig_mod", model), tape, output, head)
+    use, bias = _last_layer(getattr(model, "_orig_mod", model), tape, tape.only_output(), head)
     with torch.no_grad():
-        h = _features(use, output)  # (m, t, d)
+        h = _features(use)
         _, tokens, d = h.shape
         if tokens == 1:
             return h.square().sum((1, 2)) + int(bias)
         if tokens > d + bias:
-            return h.new_zeros(m)  # H H^T + 1 1^T is singular
+            return h.new_zeros(len(h))  # H H^T + 1 1^T is singular
         lo = torch.linalg.eigvalsh(h.double() @ h.double().mT + int(bias))[:, 0]
         return lo.clamp(min=0).to(h.dtype)
 
@@ -79,10 +76,6 @@ def _last_layer(
     model: nn.Module, tape: Tape, output: Tensor, head: nn.Module | str | None
 ) -> tuple[Use, bool]:
     """Find the call that made the outputs, and whether its bias counts; or say what is wrong."""
-
-    def void(reason: str) -> ValueError:
-        return ValueError(f"last_layer_bound: the last layer alone gives no bound: {reason}")
-
     named = dict(model.named_modules())
     if isinstance(head, str):
         if head not in named:
@@ -102,37 +95,34 @@ def _last_layer(
             if isinstance(module, nn.Linear)
         }
         if not uses:
-            raise void(
+            raise _void(
                 "the outputs are not what an nn.Linear with a trained weight returned; something "
                 "comes after it, or its weight is frozen"
             )
         if id(uses[0].argument(1, "weight")) not in owners:
-            raise void("the weight of the layer that made the outputs is computed from others")
+            raise _void("the weight of the layer that made the outputs is computed from others")
         head = owners[id(uses[0].argument(1, "weight"))]
     name = next((name for name, module in named.items() if module is head), None)
     if name is None:
         raise ValueError(f"last_layer_bound: the head {head} is no module of the model")
     label = repr(name) if name else "the model"
     if not isinstance(head, nn.Linear):
-        raise void(f"{label} is a {type(head).__name__}, no nn.Linear")
+        raise _void(f"{label} is a {type(head).__name__}, no nn.Linear")
     weight = head._parameters.get("weight")
     if weight is None:
-        raise void(f"the weight of {label} is computed: parametrized, normalised or pruned")
+        raise _void(f"the weight of {label} is computed: parametrized, normalised or pruned")
     if not weight.requires_grad:
-        raise void(f"the weight of {label} is frozen")
+        raise _void(f"the weight of {label} is frozen")
     use = next((use for use in uses if use.argument(1, "weight") is weight), None)
     number = _times_used(output, weight)
     if number > 1:
-        raise void(f"the weight of {label} is used {number} times: tied, or the layer called again")
+        raise _void(
+            f"the weight of {label} is used {number} times: tied, or the layer called again"
+        )
     if use is None:
-        raise void(f"the outputs are not what {label} returned; something comes after it")
+        raise _void(f"the outputs are not what {label} returned; something comes after it")
     bias = head._parameters.get("bias")
-    counts = (
-        bias is not None
-        and bias.requires_grad
-        and use.argument(2, "bias") is bias
-        and _times_used(output, bias) == 1
-    )
+    counts = bias is not None and use.argument(2, "bias") is bias and _times_used(output, bias) == 1
     return use, counts
 
 
@@ -150,50 +140,30 @@ def _times_used(output: Tensor, parameter: Tensor) -> int:
     return number
 
 
-def _features(use: Use, output: Tensor) -> Tensor:
-    """Return what the layer was given, `(m, t, d)`, whatever dimension holds the samples."""
-    x, edge = use.argument(0, "input").detach(), use.edges[0]
-    assert edge is not None
-    # Pull the number of each sample back to where the outputs came from.
-    number = torch.arange(use.samples, device=x.device)
-    owner = torch.zeros(x.shape[:-1], dtype=torch.long, device=x.device)
-    scale = 1
-    while scale < use.samples or scale == 1:
-        digit = (number // scale % _DIGIT).to(output.dtype)
-        digit = digit.reshape(-1, *[1] * (output.ndim - 1)).expand_as(output)
-        (found,) = torch.autograd.grad(output, [edge], digit, retain_graph=True)
-        owner += scale * found[..., 0].long()
-        scale *= _DIGIT
-    order = owner.flatten().argsort(stable=True)
-    h = x.reshape(-1, x.shape[-1])[order].reshape(use.samples, -1, x.shape[-1])
+def _features(use: Use) -> Tensor:
+    """Return what the layer was given, `(m, t, d)`."""
+    x = use.argument(0, "input")
+    h = places(use, x, use.where.get(id(x)))
+    if h is None:
+        raise _void("the samples cannot be told apart in what it is given")
     return h.to(torch.promote_types(h.dtype, torch.float32))
 
 
-def plain_forward(model: nn.Module, inputs: Any) -> list[Tensor]:
-    """Return the floating-point tensors that the model returns, without a graph."""
+def _void(reason: str) -> ValueError:
+    return ValueError(f"last_layer_bound: the last layer alone gives no bound: {reason}")
+
+
+def empty_output(model: nn.Module, inputs: Any) -> Tensor:
+    """Return what a model returns for no samples."""
     args, kwargs = as_arguments(inputs)
     with torch.no_grad():
         outputs = Replay(model, args, kwargs, Replay.random_state(model)).run({})
-    return [output for output in outputs if output is not None]
-
-
-def samples_of(inputs: Any) -> int:
-    """Return `m`, the size of dimension 0 of the first tensor among the inputs."""
-    leaves = tree_leaves(as_arguments(inputs))
-    return number_of_samples([leaf for leaf in leaves if isinstance(leaf, Tensor)])
-
-
-def one_output(name: str, outputs: Sequence[Tensor], samples: int) -> Tensor:
-    """Return the only output; raise a ValueError if there are several, or no samples in it."""
-    if len(outputs) != 1:
-        raise ValueError(
-            f"{name}: the model returned {len(outputs)} floating-point tensors, expected one; wrap "
-            "it in a module that returns the tensor that the loss is given"
-        )
-    (output,) = outputs
-    if not output.ndim or len(output) != samples:
-        raise ValueError(
-            f"{name}: the model returned a tensor of shape {tuple(output.shape)} for {samples} "
-            "samples, expected samples along dimension 0"
-        )
+    (output,) = [output for output in outputs if output is not None]
     return output
+
+
+def is_empty(inputs: Any) -> bool:
+    """Whether the first tensor among the inputs that has dimensions has no samples in them."""
+    leaves = tree_leaves(as_arguments(inputs))
+    first = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), None)
+    return first is not None and len(first) == 0

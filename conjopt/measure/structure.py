@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
-from conjopt.measure.last_layer import one_output, plain_forward, samples_of
+from conjopt.measure.last_layer import empty_output, is_empty
+from conjopt.measure.layers.layout import Samples
 from conjopt.measure.layers.pieces import Piece, batch_gram, sample_gram
-from conjopt.measure.layers.tape import Tape
+from conjopt.measure.layers.tape import Tape, as_arguments, number_of_samples, places_of_inputs
 from conjopt.measure.replay import RandomState, Replay
 from conjopt.potentials import Potential
 
@@ -49,9 +50,8 @@ def structure_matrix(
     is projected on it before the product, with the rows of `tangent_basis` as coordinates.
 
     The model runs in the mode it is in, on copies of its buffers, and draws from the random number
-    generators without moving them. The batch is taken in parts, tensors among the inputs with `m`
-    along dimension 0, or else 1, being split, unless the model draws random numbers: its draws
-    belong to the whole batch.
+    generators without moving them. The batch is taken in parts where it has to be, unless
+    the model draws random numbers: its draws belong to the whole batch.
 
     Args:
         model: Returns one floating-point tensor, samples along dimension 0.
@@ -87,7 +87,7 @@ def structure_matrix(
         torch.Size([1, 1, 1])
     """
     batch = _Batch("structure_matrix", model, inputs, potential, memory)
-    if batch.samples == 0:
+    if is_empty(inputs):
         return batch.empty()
     parts, tape = batch.plan()
     if len(parts) == 1:
@@ -125,7 +125,7 @@ def batch_structure_matrix(
                 [ 3., 25.]])
     """
     batch = _Batch("batch_structure_matrix", model, inputs, potential, memory)
-    if batch.samples == 0:
+    if is_empty(inputs):
         return batch.empty().reshape(0, 0)
     parts, tape = batch.plan(at_once=2)
     if len(parts) == 1:
@@ -244,13 +244,17 @@ class _Batch:
         if not memory > 0:
             raise ValueError(f"{name}: memory must be a positive number of bytes, got {memory!r}")
         self.name, self.model, self.potential, self.memory = name, model, potential, memory
-        self.inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
-        self.samples = samples_of(inputs)
+        self.args, self.kwargs = as_arguments(inputs)
+        leaves = tree_leaves((self.args, self.kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self.samples = 0 if is_empty(inputs) else number_of_samples(tensors)
+        self._large = sum(tensor.numel() for tensor in tensors) > _LARGE
         self._draws = False
+        self._places: list[Samples | None] | None = None
 
     def empty(self) -> Tensor:
         """Return the structure matrices of no samples, `(0, d, d)`."""
-        output = one_output(self.name, plain_forward(self.model, self.inputs), 0)
+        output = empty_output(self.model, self.kwargs or self.args)
         d = len(self._basis(output))
         return torch.zeros(0, d, d, dtype=_at_least_float32(output), device=output.device)
 
@@ -258,25 +262,23 @@ class _Batch:
         """Split the batch into parts of which `at_once` fit the memory; and a forward of it all.
 
         The forward of a whole batch of small inputs comes first and tells the sizes; of a batch of
-        large ones two samples tell them. A part has no size that another dimension has, too.
+        large ones two samples tell them.
         """
         m = self.samples
-        leaves = tree_leaves(self.inputs)
-        large = sum(leaf.numel() for leaf in leaves if isinstance(leaf, Tensor)) > _LARGE
-        first = min(m, 2) if large else m
+        first = min(m, 2) if self._large else m
         tape = self.forward([range(first)])
         by_sample = self._bytes(tape) / first
-        others = _other_sizes(tape)
-        if self._draws or m == 1 or (m * by_sample <= self.memory and m not in others):
+        if self._draws or m == 1 or m * by_sample <= self.memory:
             return [range(m)], tape if first == m else None
-        size = max(1, math.floor(self.memory / (at_once * by_sample)))
-        return _split(m, min(m - 1, size), others, at_once), None
+        number = math.ceil(m / max(1, math.floor(self.memory / (at_once * by_sample))))
+        ends = [i * m // number for i in range(number + 1)]
+        return [range(*pair) for pair in itertools.pairwise(ends)], None
 
     def forward(self, parts: Sequence[range]) -> Tape:
         """Run the model on parts of the batch."""
-        inputs = self.inputs
+        args, kwargs = self.args, self.kwargs
         if sum(map(len, parts)) < self.samples:
-            inputs = tree_map(lambda leaf: _taken(leaf, parts, self.samples), inputs)
+            args, kwargs = self._taken(parts)
         model = getattr(self.model, "_orig_mod", self.model)
         before = Replay.random_state(model)
 
@@ -285,10 +287,10 @@ class _Batch:
 
         handle = model.register_forward_hook(compare)
         try:
-            tape = Tape(model, inputs)
+            tape = Tape(model, kwargs or args)
         finally:
             handle.remove()
-        output = one_output(self.name, tape.outputs, tape.samples)
+        output = tape.only_output()
         if output.device.type == "cpu" and not output.isfinite().all():
             bad = int((~output.detach().isfinite()).flatten(1).any(1).sum())
             raise ValueError(
@@ -296,9 +298,25 @@ class _Batch:
             )
         return tape
 
+    def _taken(self, parts: Sequence[range]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Take parts of the inputs."""
+        if self._places is None:
+            self._places = places_of_inputs(self.model, self.args, self.kwargs, self.samples)
+        places = iter(self._places)
+
+        def take(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or (at := next(places)) is None:
+                return leaf
+            size = leaf.shape[at.dim] // self.samples
+            taken = [leaf.narrow(at.dim, size * p.start, size * len(p)) for p in parts]
+            return torch.cat(taken, at.dim)
+
+        taken: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(take, (self.args, self.kwargs))
+        return taken
+
     def gram(self, tape: Tape, inner_products: Callable[[Sequence[Piece]], Tensor]) -> Tensor:
         """Sum the inner products over the parameters."""
-        (output,) = tape.outputs
+        output = tape.only_output()
         basis, dtype = self._basis(output), _at_least_float32(output)
         m, d = tape.samples, len(basis)
         shape = (m, d, d) if inner_products is sample_gram else (m, d, m, d)
@@ -325,7 +343,7 @@ class _Batch:
             elements += 2 * sum(map(math.prod, use.shapes))  # one by one, and stacked
             if use.function not in _FACTORED:
                 elements += tape.samples * sum(weight.numel() for weight in use.weights)
-        (output,) = tape.outputs
+        output = tape.only_output()
         return max(1, len(self._basis(output)) * elements * _at_least_float32(output).itemsize)
 
 
@@ -347,46 +365,3 @@ def _cast(piece: Piece, dtype: torch.dtype) -> Piece:
 
 def _equal(a: RandomState, b: RandomState) -> bool:
     return torch.equal(a[0], b[0]) and all(torch.equal(a[1][d], b[1][d]) for d in a[1])
-
-
-def _taken(leaf: Any, parts: Sequence[range], samples: int) -> Any:
-    """Take parts of an input that has the samples along dimension 0, or else 1."""
-    if not isinstance(leaf, Tensor) or samples not in leaf.shape[:2]:
-        return leaf
-    dim = leaf.shape.index(samples)
-    return torch.cat([leaf.narrow(dim, part.start, len(part)) for part in parts], dim)
-
-
-def _other_sizes(tape: Tape) -> set[int]:
-    """Sizes that a number of samples should not have: of dimensions that could pass for theirs."""
-    sizes: set[int] = set()
-    for use in tape.uses:
-        given = [t for t, _ in use.versions if not use.is_weight(t) and id(t) not in use.constants]
-        shapes = [shape for shape in use.shapes if len(shape) > 2]
-        shapes += [t.shape for t in given if t.ndim > 2 or not t.is_floating_point()]
-        for shape in shapes:
-            first = list(shape[:2])
-            if tape.samples in first:
-                first.remove(tape.samples)
-            sizes.update(first)
-    return sizes - {1}  # of a single sample any dimension of one will do
-
-
-def _split(samples: int, size: int, others: set[int], at_once: int) -> list[range]:
-    """Split into equal parts of at most a size, alone and together of no other dimension's size."""
-
-    def parts(number: int) -> list[range]:
-        ends = [i * samples // number for i in range(number + 1)]
-        return [range(*pair) for pair in itertools.pairwise(ends)]
-
-    least = -(-samples // size)
-    # Rather too much memory than a dimension that is mistaken for another.
-    for number in (*range(least, samples + 1), *range(least - 1, 0, -1)):
-        small, great = samples // number, -(-samples // number)
-        if number <= at_once:
-            taken = {samples}
-        else:
-            taken = {2 * small, small + great, 2 * great} if at_once == 2 else {small, great}
-        if not taken & others:
-            return parts(number)
-    return parts(least)
