@@ -10,9 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from conjopt.measure.layers.layout import Samples
 from conjopt.measure.layers.pieces import Piece, squared_norms
 from conjopt.measure.layers.rules import pieces_of
-from conjopt.measure.layers.tape import Tape, number_of_samples, through
+from conjopt.measure.layers.tape import (
+    Tape,
+    constants_of,
+    number_of_samples,
+    places_of_inputs,
+    through,
+)
 from conjopt.measure.layers.uses import Recorder, Use
 
 __all__ = ["EnergyProbe", "gradient_energy", "per_sample_gradient_norms"]
@@ -131,6 +138,8 @@ class EnergyProbe:
 
     Raises:
         ValueError: For a share or a number out of range.
+        MeasurementError: In the first forward of a kind, if the model cannot be measured; two
+            samples are then compared with plain autograd.
 
     Reference:
         docs/theory.md, section 0.
@@ -155,6 +164,8 @@ class EnergyProbe:
         self._stride, self._every, self._forwards = round(1 / share), every, 0
         self._model = weakref.ref(model)
         self._live: _Live | None = None
+        self._checking = False
+        self._known: dict[Any, list[Samples | None]] = {}  # where inputs of a kind have samples
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
             model.register_forward_hook(self._after, always_call=True),
@@ -171,19 +182,36 @@ class EnergyProbe:
             handle.remove()
 
     def _before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        if not torch.is_grad_enabled() or self._live is not None:
+        if not torch.is_grad_enabled() or self._live is not None or self._checking:
             return
         if torch._C._current_graph_task_id() != -1:  # recomputed under checkpointing
             return
         self._forwards += 1
         if (self._forwards - 1) % self._every:
             return
+        self._checking = True  # what follows may run the model
+        try:
+            self._live = self._prepare(model, args, kwargs)
+        finally:
+            self._checking = False
+        if self._live is not None:
+            self._live.__enter__()
+
+    def _prepare(self, model: nn.Module, args: Any, kwargs: Any) -> _Live | None:
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         samples = number_of_samples(tensors)
-        self._live = _Live(model, tensors, samples, self._stride, self._store)
-        self._live.__enter__()
+        if samples == 0:
+            return None
+        kind = tuple((t.shape[1:], t.ndim and t.shape[0] == samples) for t in tensors)
+        if kind not in self._known:
+            if not kwargs:
+                _check(model, tuple(args), None, None, "EnergyProbe")
+            self._known[kind] = places_of_inputs(model, args, kwargs, samples)
+        return _Live(model, tensors, self._known[kind], samples, self._stride, self._store)
 
     def _after(self, model: nn.Module, args: Any, output: Any) -> None:
+        if self._checking:
+            return
         live, self._live = self._live, None
         if live is not None:
             live.__exit__(None, None, None)
@@ -199,13 +227,14 @@ class _Live(Recorder):
         self,
         model: nn.Module,
         inputs: list[Tensor],
+        places: list[Samples | None],
         samples: int,
         stride: int,
         store: Callable[[Tensor], None],
     ) -> None:
-        super().__init__(dict(model.named_parameters()), inputs, model.buffers(), samples)
+        parameters = dict(model.named_parameters())
+        super().__init__(parameters, inputs, constants_of(model), samples, places)
         self._stride, self._store = min(stride, samples), store
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._counts: dict[int, int] = {}
         self._kept: dict[int, list[Piece]] = {}
         self._total: Tensor | None = None

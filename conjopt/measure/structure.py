@@ -91,8 +91,11 @@ def structure_matrix(
         return batch.empty()
     parts, tape = batch.plan()
     if len(parts) == 1:
-        return batch.gram(tape or batch.forward(parts), sample_gram)
-    return torch.cat([batch.gram(batch.forward([part]), sample_gram) for part in parts])
+        found = batch.gram(tape or batch.forward(parts), sample_gram)
+    else:
+        found = torch.cat([batch.gram(batch.forward([part]), sample_gram) for part in parts])
+    _check(model, inputs, "structure_matrix")
+    return found
 
 
 def batch_structure_matrix(
@@ -228,6 +231,13 @@ def tangent_basis(
     rank = number[1:].unsqueeze(1)  # of the contrast: so many classes come before its own
     contrasts = ((number < rank).to(rank) - rank * (number == rank)) / (rank * (rank + 1)).sqrt()
     return torch.kron(contrasts, torch.eye(places, **options))
+
+
+def _check(model: nn.Module, inputs: Any, name: str) -> None:
+    from conjopt.measure.checking import first_use_check  # which measures, too
+
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        first_use_check(model, inputs, name=name)
 
 
 class _Batch:

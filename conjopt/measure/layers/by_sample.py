@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from conjopt.measure.layers.layout import LOST, RANGE, tensors
+from conjopt.measure.layers.layout import LOST, MIXED, RANGE, tensors
 from conjopt.measure.layers.pieces import BUDGET, Dense, Piece
 from conjopt.measure.layers.uses import Use
 
@@ -38,17 +38,23 @@ def by_sample(use: Use, cotangents: Sequence[Tensor | None]) -> list[tuple[Tenso
     live = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
     for i in live:
         if use.places[i] in (None, LOST):
-            raise RuntimeError(
-                f"{_name(use)} returned a tensor of shape {tuple(use.shapes[i])} for "
-                f"{use.samples} samples, and no dimension is known to hold them: samples meet "
-                "each other there, or are arranged in a way that cannot be followed. Per-sample "
-                "gradients need a model that keeps them apart."
-            )
+            name = getattr(use.function, "__name__", use.function)
+            raise RuntimeError(MIXED.format(f"the result of {name}"))
     if use.whole:
         return _masked(use, leaves, spec, cotangents)
-    moving = [place for place, leaf in enumerate(leaves) if use.at(leaf) not in (None, RANGE)]
-    slices = [use.at(leaves[i]).split(leaves[i].detach(), use.samples) for i in moving]
-    pulled = [use.places[i].split(cotangents[i], use.samples, 1).transpose(0, 1) for i in live]
+    moving: list[int] = []
+    slices: list[Tensor] = []
+    for place, leaf in enumerate(leaves):
+        at = use.at(leaf)
+        if at is not None and at is not RANGE:
+            moving.append(place)
+            slices.append(at.split(leaf.detach(), use.samples))
+    pulled: list[Tensor] = []
+    for i in live:
+        cotangent, at = cotangents[i], use.places[i]
+        assert cotangent is not None
+        assert at is not None
+        pulled.append(at.split(cotangent, use.samples, 1).transpose(0, 1))  # (m, k, ...)
 
     def run(weights: list[Tensor], sample: list[Tensor]) -> list[Tensor]:
         new = list(leaves)
@@ -133,9 +139,9 @@ def _masked(
         args, kwargs = tree_unflatten(new, spec)
         results = list(tensors([use.function(*args, **kwargs)]))
     live = [
-        (results[i], c, use.places[i])
-        for i, c in enumerate(cotangents)
-        if c is not None and results[i].requires_grad
+        (results[i], c, at)
+        for i, (c, at) in enumerate(zip(cotangents, use.places, strict=True))
+        if c is not None and at is not None and results[i].requires_grad
     ]
     k = next(len(c) for c in cotangents if c is not None)
     rows = range(0, use.samples, use.stride)
@@ -144,7 +150,7 @@ def _masked(
         for j in range(k):
             masked = [torch.zeros_like(result) for result, _, _ in live]
             for mask, (_, c, at) in zip(masked, live, strict=True):
-                at.split(mask, use.samples)[i] = at.split(c[j], use.samples)[i]
+                at.one(mask, use.samples, i).copy_(at.one(c[j], use.samples, i))
             found = torch.autograd.grad(
                 [result for result, _, _ in live],
                 weights,
@@ -159,7 +165,3 @@ def _masked(
         (weight, Dense(gradient.flatten(2)[:, :, None, None]))
         for weight, gradient in zip(use.weights, gradients, strict=True)
     ]
-
-
-def _name(use: Use) -> str:
-    return str(getattr(use.function, "__name__", use.function))

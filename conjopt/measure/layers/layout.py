@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-__all__ = ["LOST", "RANGE", "Samples", "Where", "fits", "locate", "plain_name", "tensors"]
+__all__ = ["LOST", "MIXED", "RANGE", "Samples", "Where", "fits", "locate", "plain_name", "tensors"]
 
 
 class Samples(NamedTuple):
@@ -38,6 +38,12 @@ class Samples(NamedTuple):
         parts = tensor.unflatten(dim, (self.outer, samples, inner)).movedim(dim + 1, lead)
         return parts.flatten(dim + 1, dim + 2)
 
+    def one(self, tensor: Tensor, samples: int, number: int) -> Tensor:
+        """Return a view of one sample."""
+        inner = tensor.shape[self.dim] // (self.outer * samples)
+        parts = tensor.unflatten(self.dim, (self.outer, samples, inner))
+        return parts.select(self.dim + 1, number)
+
     def every(self, tensor: Tensor, samples: int, stride: int) -> Tensor:
         """Return every so many samples, arranged as before."""
         inner = tensor.shape[self.dim] // (self.outer * samples)
@@ -48,6 +54,11 @@ class Samples(NamedTuple):
 
 LOST = Samples(-1)
 RANGE = Samples(-1, 0)  # the numbers of the samples themselves, `arange(m)`: no samples, but
+MIXED = (
+    "In front of {}, samples meet each other (batch normalisation in training mode, a mean over "
+    "the batch), or are arranged in a way that cannot be followed: there are no per-sample "
+    "gradients. Call model.eval() first, or let the model keep samples apart."
+)
 Where = Callable[[Tensor], Samples | None]
 
 

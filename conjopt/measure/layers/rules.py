@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conjopt.measure.curvature import switched_off
 from conjopt.measure.layers.by_sample import by_sample
-from conjopt.measure.layers.layout import LOST, Samples
+from conjopt.measure.layers.layout import LOST, MIXED, Samples
 from conjopt.measure.layers.pieces import Dense, Lookup, Outer, Piece
 from conjopt.measure.layers.uses import LAYOUTS, Use
 
@@ -78,11 +78,7 @@ def pieces_of(use: Use, cotangents: Cotangents) -> Found:
                 "after the call: per-sample gradients need it as it was. Write to a copy."
             )
     if LOST in use.where.values():
-        raise RuntimeError(
-            f"In front of {getattr(use.function, '__name__', use.function)}, samples meet each "
-            "other (a mean over the batch, batch normalisation in training mode), or are arranged "
-            "in a way that cannot be followed: there are no per-sample gradients."
-        )
+        raise RuntimeError(MIXED.format(getattr(use.function, "__name__", use.function)))
     rule = None if use.whole else _RULES.get(use.function)
     found = None if rule is None else rule(use, cotangents)
     return by_sample(use, cotangents) if found is None else found
@@ -224,12 +220,13 @@ def _affine(
     if b is None or at is None or at.dim >= b.ndim - 1 - trailing:
         return None
     by_place = places(use, b.flatten(-trailing), at, 1)
+    found: Found = []
     if by_place is None:
         return None
-    found: Found = []
     if weight is not None and use.is_weight(weight):
         with torch.no_grad():
             x = places(use, normalised().flatten(-trailing), at)
+        assert x is not None  # shaped like the result
         found.append(flat(weight, (by_place * x).sum(2)))
     if bias is not None and use.is_weight(bias):
         found.append(flat(bias, by_place.sum(2)))
@@ -417,11 +414,6 @@ def _unfold(
 
 @register_rule(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 def _recurrent(use: Use, cotangents: Cotangents) -> Found | None:
-    if not isinstance(use.args[2], tuple | list):
-        raise RuntimeError(
-            "A recurrent network was given a packed sequence, whose samples are interleaved: "
-            "per-sample gradients need a padded batch."
-        )
     dropout, training = use.args[5], use.args[6]
     if dropout and training:
         raise RuntimeError(
@@ -435,6 +427,11 @@ def _recurrent(use: Use, cotangents: Cotangents) -> Found | None:
 def _recurrent_layout(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[dict[int, int | None], Sequence[int]]:
+    if not isinstance(args[2], tuple | list):
+        raise RuntimeError(
+            "A recurrent network was given a packed sequence, whose samples are interleaved: "
+            "per-sample gradients need a padded batch."
+        )
     states = args[1] if isinstance(args[1], tuple | list) else (args[1],)
     along = 0 if args[8] else 1
     return {id(args[0]): along, **{id(state): 1 for state in states}}, (along, 1, 1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from conjopt.measure.layers.layout import LOST, Samples
+from conjopt.measure.layers.layout import LOST, MIXED, Samples
 from conjopt.measure.layers.layout import tensors as tensors_in
 from conjopt.measure.layers.pieces import BUDGET, Dense, Piece
 from conjopt.measure.layers.rules import pieces_of
@@ -56,7 +56,8 @@ class Tape:
             outputs = replay.run({})
         self.outputs = [output for output in outputs if output is not None]
         refuse_reentrant(self.outputs)
-        self._refuse_unseen()
+        if self.samples:
+            self._refuse_unseen()
 
     def only_output(self) -> Tensor:
         """Return the one tensor that the model returned, with samples along dimension 0.
@@ -119,6 +120,7 @@ class Tape:
                 continue
             for weight, piece in pieces_of(use, mine):
                 found.setdefault(id(weight), []).append(piece)
+        self._refuse_mixed()
         for made in self._recorder.made:
             for piece in found.pop(id(made), []):
                 for parameter, gradient in through(made, self._recorder.bases[id(made)], piece):
@@ -126,6 +128,12 @@ class Tape:
         for name, parameter in self._parameters.items():
             if pieces := found.pop(id(parameter), None):
                 yield name, pieces
+
+    def _refuse_mixed(self) -> None:
+        for output in self.outputs:
+            mixed = output.requires_grad and self._recorder.where(output) is LOST
+            if mixed and output.shape[:1] == (self.samples,):
+                raise RuntimeError(MIXED.format("the outputs"))
 
     def _refuse_unseen(self) -> None:
         """Walk from the outputs to the parameters: each way there has to be a use."""
@@ -161,14 +169,6 @@ class Tape:
                 "compiled or scripted parts, a custom autograd function, or writing to a view. "
                 "Measure the plain module, or write that part in torch functions."
             )
-        for output in self.outputs:
-            mixed = output.requires_grad and self._recorder.where(output) is LOST
-            if mixed and output.shape[:1] == (self.samples,):
-                raise RuntimeError(
-                    "Samples meet each other before the outputs (a mean over the batch, batch "
-                    "normalisation in training mode), or are arranged in a way that cannot be "
-                    "followed: there are no per-sample gradients."
-                )
 
 
 def through(made: Tensor, bases: list[Tensor], piece: Piece) -> Iterator[tuple[Tensor, Piece]]:
@@ -218,18 +218,9 @@ def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def number_of_samples(tensors: Sequence[Tensor]) -> int:
-    """Return the size of dimension 0 of the first tensor that has one.
-
-    Raises:
-        ValueError: If none has one, or no samples in it.
-    """
+    """Return the size of dimension 0 of the first tensor that has one."""
     for tensor in tensors:
         if tensor.ndim:
-            if not len(tensor):
-                raise ValueError(
-                    f"The inputs are of shape {tuple(tensor.shape)}, an empty batch: expected at "
-                    "least one sample along dimension 0."
-                )
             return tensor.shape[0]
     raise ValueError(
         "The inputs hold no tensor with a dimension of samples: expected samples along dimension 0."
@@ -255,6 +246,8 @@ def places_of_inputs(
     """
     flat, spec = tree_flatten((args, kwargs))
     tensors = [t for t in flat if isinstance(t, Tensor)]
+    if samples == 0:
+        return [None] * len(tensors)
     first = next(t for t in tensors if t.ndim)
     choices: list[list[Samples | None]] = []
     for tensor in tensors:

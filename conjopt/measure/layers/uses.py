@@ -75,6 +75,11 @@ class Use:
     whole: bool = False
     stride: int = 1
 
+    @property
+    def constants(self) -> frozenset[int]:
+        """The `id` of those arguments that have no dimension of samples."""
+        return frozenset(i for i, at in self.where.items() if at in (None, RANGE))
+
     def argument(self, place: int, name: str, default: Any = None) -> Any:
         """Return an argument that may have been given by place or by name."""
         return self.args[place] if place < len(self.args) else self.kwargs.get(name, default)
@@ -178,6 +183,8 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         """Call the function and record it."""
         kwargs = kwargs or {}
+        if self.samples == 0:
+            return function(*args, **kwargs)
         given = list(tensors((args, kwargs)))
         weights = [tensor for tensor in given if id(tensor) in self._weights]
         assigns = function is Tensor.__setitem__
@@ -199,7 +206,7 @@ class Recorder(TorchFunctionMode):
             # One may be computed from another: gradients have to arrive at each from outside.
             result = tree_map(_alias, result)
         if assigns:
-            self._assign(*args, held)
+            self._assign(args[0], args[1], args[2], held)
         elif isinstance(result, Tensor | tuple | list):
             self._note(function, args, kwargs, weights, list(tensors([result])))
             if given and result is given[0] and result._base is not None:
@@ -303,8 +310,17 @@ class Recorder(TorchFunctionMode):
             agree = self.samples == 1 or all(
                 where.get(i) in (None, RANGE, at) for i, at in said.items()
             )
-            where = {**where, **said}
-            places = [Samples(dim) if agree else LOST for dim in along][: len(results)]
+            where = {**where, **{i: at for i, at in said.items() if i not in self._weights}}
+            for weight in [w for w in weights if said.get(id(w)) is not None]:
+                if id(weight) in self._repeated:
+                    self._repeat(weight, said[id(weight)])
+                    where[id(weight)] = said[id(weight)]
+                    weights = [w for w in weights if w is not weight]
+                else:
+                    whole = True
+            places = [LOST] * len(results)
+            if agree:
+                places[:] = [Samples(dim) for dim in along[: len(results)]]
         else:
             look = lambda t: where.get(id(t))  # noqa: E731
             places = locate(function, args, kwargs, look, results, self.samples)

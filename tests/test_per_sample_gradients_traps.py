@@ -1,0 +1,585 @@
+"""Where per-sample gradients could be wrong without a word: exact, or refused in words.
+
+The layers and models themselves are in `tests/test_per_sample_gradients.py`.
+"""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from per_sample import Function, M, agree, case_table, images, jacobians, sequences, vectors
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from conjopt.measure.layers.pieces import squared_norms
+from conjopt.measure.layers.tape import Tape
+
+case, CASES = case_table()
+refuse, REFUSED = case_table()
+
+# Where the samples are
+
+
+@case("two views of the samples joined, views first")
+def _():
+    def forward(self: Any, a: Tensor, b: Tensor) -> Tensor:
+        a, b = torch.tanh(self.m[0](torch.cat([a, b]))).chunk(2)
+        return self.m[1](a * b)
+
+    return Function(forward, nn.Linear(6, 4), nn.Linear(4, 2)), (vectors(), vectors())
+
+
+@case("two views joined, and taken apart by slices")
+def _():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        z = torch.tanh(self.m[0](torch.cat([x, 2 * x])) * self.g)
+        return z[: len(x)] - z[len(x) :] ** 2
+
+    return Function(forward, nn.Linear(6, 4), g=torch.randn(4)), vectors()
+
+
+@case("two views of images joined, with convolution and normalisation")
+def _():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        z = self.m[1](self.m[0](torch.cat([x, x.flip(3)], 0))) * self.g
+        return self.m[2](z).mean((2, 3)).unflatten(0, (2, -1)).prod(0)
+
+    return Function(
+        forward, nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4), nn.PReLU(4), g=torch.randn(4, 1, 1)
+    ), images()
+
+
+@pytest.mark.parametrize("places", [2, 3, M])
+@pytest.mark.parametrize("first", [True, False])
+def test_places_and_samples_joined(places: int, first: bool):
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = (x if first else x.transpose(0, 1)).reshape(-1, 6)
+        y = torch.tanh(self.m[1](self.m[0](y)) * self.g + self.b)
+        shape = (len(x), places, 6) if first else (places, len(x), 6)
+        return y.reshape(shape).sum(1 if first else 0)
+
+    model = Function(
+        forward, nn.Linear(6, 6), nn.LayerNorm(6), g=torch.randn(6), b=torch.randn(1, 6)
+    )
+    agree(model, sequences(places))
+
+
+@case("as many channels, places and classes as samples")
+def _():
+    return nn.Sequential(
+        nn.Conv1d(M, M, 3, padding=1), nn.GroupNorm(1, M), nn.Linear(M, M), nn.PReLU(M)
+    ), torch.randn(M, M, M)
+
+
+@case("samples last")
+def _():
+    return Function(
+        lambda self, x: (self.w @ x.T + self.b).T, w=torch.randn(4, 6), b=torch.randn(4, 1)
+    ), vectors()
+
+
+@case("a scale for each place, as many places as samples, places first")
+def _():
+    return Function(
+        lambda self, x: torch.tanh(x.transpose(0, 1) * self.w).sum(0), w=torch.randn(M, 1, 6)
+    ), sequences(M)
+
+
+@case("a token for each sample, after as many places")
+def _():
+    return Function(
+        lambda self, x: torch.tanh(torch.cat([x, self.t.expand(len(x), 1, 6)], 1) @ self.w).sum(1),
+        t=torch.randn(6),
+        w=torch.randn(6, 3),
+    ), sequences(M)
+
+
+@case("queries repeated for attention")
+def _():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        q = self.q.unsqueeze(1).repeat(1, len(x), 1)
+        return self.m[0](q, x.transpose(0, 1), x.transpose(0, 1))[0].sum(0)
+
+    return Function(forward, nn.MultiheadAttention(6, 2), q=torch.randn(2, 6)), sequences()
+
+
+@case("queries of attention computed from parameters")
+def _():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        q = (self.q.expand(len(x), -1, -1) + 1).tanh()
+        return self.m[0](q, x, x)[0].sum(1)
+
+    return Function(
+        forward, nn.MultiheadAttention(6, 2, batch_first=True), q=torch.randn(1, 2, 6)
+    ), sequences()
+
+
+@case("the last token of each sample by its number")
+def _():
+    def forward(self: Any, x: Tensor, length: Tensor) -> Tensor:
+        return self.m[0](torch.tanh(self.m[0](x))[torch.arange(len(x)), length])
+
+    return Function(forward, nn.Linear(6, 6)), (sequences(M), torch.tensor([0, 2, 1, 1, 4]))
+
+
+@case("a plain tensor kept by the model, as long as there are samples")
+def _():
+    model = Function(lambda self, x: torch.tanh(x + self.m[0](self.kept)).sum(1), nn.Linear(4, 6))
+    model.kept = torch.randn(M, 4, dtype=torch.float64)
+    return model, sequences(M)
+
+
+@case("a second input of places")
+def _():
+    model = Function(lambda self, x, p: torch.tanh(x + self.m[0](p)).sum(1), nn.Linear(4, 6))
+    return model, (sequences(M), torch.randn(M, 4)), lambda x, p: (x, p)
+
+
+@case("a second input of samples")
+def _():
+    model = Function(
+        lambda self, x, p: torch.tanh(x + self.m[0](p)[:, None]).sum(1), nn.Linear(4, 6)
+    )
+    return model, (sequences(M), torch.randn(M, 4))
+
+
+@case("inputs of places and samples, by name")
+def _():
+    model = Function(
+        lambda self, x, scale=None: torch.tanh(x * self.m[0](scale)).sum(1), nn.Linear(6, 6)
+    )
+    return model, (sequences(), torch.randn(M, 1, 6))
+
+
+@case("a table of classes among the inputs, of twice as many rows")
+def _():
+    model = Function(lambda self, x, table: self.m[0](x) @ self.m[0](table).T, nn.Linear(6, 3))
+    return model, (vectors(), torch.randn(2 * M, 6)), lambda x, table: (x, table)
+
+
+# Gradients that arrive in several ways
+
+
+@case("both the outputs and the last state")
+def _():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        out, (h, c) = self.m[0](x)
+        return self.m[1](out.sum(1) + h[-1] * c[-1])
+
+    return Function(forward, nn.LSTM(6, 4, 2, batch_first=True), nn.Linear(4, 2)), sequences()
+
+
+@case("attention and its weights")
+def _():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        out, weights = self.m[0](x, x, x)
+        return torch.cat([out.sum(1), weights[:, 0]], 1)
+
+    return Function(forward, nn.MultiheadAttention(6, 2, batch_first=True)), sequences()
+
+
+@case("parts of a weight, and the weight")
+def _():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        a, b = self.w.chunk(2)
+        return x @ a * (x @ b.tanh()) + (x @ a).exp() + x @ (self.w[:6] + self.w[6:])
+
+    return Function(forward, w=torch.randn(12, 3)), vectors()
+
+
+@case("in place on a view")
+def _():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.m[0](x)
+        y[:, :2].mul_(2)
+        y[:, 2:].relu_()
+        return self.m[1](y)
+
+    return Function(forward, nn.Linear(6, 4), nn.Linear(4, 2)), vectors()
+
+
+@case("a buffer filled through views")
+def _():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = torch.zeros(len(x), 4, 6, dtype=x.dtype)
+        y[:, 1:].copy_(x)
+        return torch.tanh(self.m[0](y)).sum(1)
+
+    return Function(forward, nn.Linear(6, 3)), sequences()
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, b: Tensor) -> Tensor:
+        return 2 * b
+
+
+@case("a custom function of activations")
+def _():
+    return Function(
+        lambda self, x: self.m[1](torch.tanh(Doubled.apply(self.m[0](x)))),
+        nn.Linear(6, 4),
+        nn.Linear(4, 2),
+    ), vectors()
+
+
+@case("a custom function of inputs")
+def _():
+    return Function(lambda self, x: self.m[0](Doubled.apply(x)), nn.Linear(6, 4)), vectors()
+
+
+@case("activation checkpointing")
+def _():
+    inner = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6), nn.LayerNorm(6))
+    return Function(
+        lambda self, x: self.m[1](checkpoint(self.m[0], x, use_reentrant=False)),
+        inner,
+        nn.Linear(6, 2),
+    ), vectors()
+
+
+@case("statistics of the batch that no gradient goes through")
+def _():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.m[0](x)
+        assert torch.isfinite(y).all()
+        return self.m[1](y / y.detach().std(0) - x.mean(0)[:4])
+
+    return Function(forward, nn.Linear(6, 4), nn.Linear(4, 2)), vectors(), None
+
+
+@case("detached, and not")
+def _():
+    return Function(
+        lambda self, x: self.m[0](x) + self.m[1](self.m[0](x).detach()) + self.w.detach() @ self.w,
+        nn.Linear(6, 4),
+        nn.Linear(4, 4),
+        w=torch.randn(4),
+    ), vectors()
+
+
+@case("parameters without a gradient for the outputs")
+def _():
+    return Function(lambda self, x: self.m[0](x), nn.Linear(6, 4), nn.Linear(4, 4)), vectors()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_exact(name: str):
+    torch.manual_seed(0)
+    model, inputs, *rest = CASES[name]()
+    if rest and rest[0] is None:  # samples alone have other statistics: mask cotangents instead
+        model.double()
+        inputs = inputs.double()
+        outputs = model(inputs)
+        parameters = list(model.parameters())
+        expected = torch.stack(
+            [
+                sum(
+                    g.square().sum()
+                    for g in torch.autograd.grad(o.sum(), parameters, retain_graph=True)
+                )
+                for o in outputs
+            ]
+        )
+        tape = Tape(model, inputs)
+        (out,) = tape.outputs
+        pulled = tape.pull([out], [[torch.ones_like(out)]])
+        found = sum(squared_norms(pieces) for _, pieces in pulled)
+        assert torch.allclose(found, expected, rtol=1e-12, atol=0)
+        return
+    if rest:
+        x, table = inputs
+        agree(model, inputs, alone=lambda i: (x[i : i + 1], table))
+    else:
+        agree(model, inputs)
+
+
+# What is refused
+
+
+@refuse("meet each other")
+def mean_over_the_batch():
+    return Function(lambda self, x: (y := self.m[0](x)) - y.mean(0), nn.Linear(6, 4)), vectors()
+
+
+@refuse("meet each other ")
+def softmax_over_the_batch():
+    return Function(
+        lambda self, x: self.m[0](torch.softmax(self.m[0](x), 0)), nn.Linear(6, 6)
+    ), vectors()
+
+
+@refuse("meet each other  ")
+def similarities():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.m[0](x)
+        return self.m[1](y @ y.T @ y)
+
+    return Function(forward, nn.Linear(6, M), nn.Linear(M, 2)), vectors()
+
+
+@refuse("meet each other   ")
+def permuted():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.m[0](x)
+        return self.m[1](y + y[torch.arange(len(x) - 1, -1, -1)])
+
+    return Function(forward, nn.Linear(6, 4), nn.Linear(4, 2)), vectors()
+
+
+@refuse("meet each other    ")
+def tokens_that_are_masked_out():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        keep = torch.ones(x.shape[:2], dtype=torch.bool)
+        keep[0] = False  # 4 samples with 5 places: a multiple of the samples is left
+        y = self.m[0](x)[keep]
+        return self.m[1](y).reshape(5, -1)
+
+    return Function(forward, nn.Linear(6, 4), nn.Linear(4, 2)), sequences(M)
+
+
+@refuse("training mode, which couples.*eval")
+def batch_norm():
+    return nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), vectors()
+
+
+@refuse("meet each other.*eval")
+def batch_norm_without_parameters():
+    return nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4, affine=False)), vectors()
+
+
+@refuse("scale_grad_by_freq")
+def embedding_by_frequency():
+    return nn.Embedding(7, 3, scale_grad_by_freq=True), torch.randint(7, (M,))
+
+
+@refuse("drops out between")
+def recurrent_dropout():
+    return Function(
+        lambda self, x: self.m[0](x)[0][:, -1], nn.LSTM(6, 4, 2, batch_first=True, dropout=0.5)
+    ), sequences()
+
+
+@refuse("Attention drops out")
+def attention_dropout():
+    return Function(
+        lambda self, x: self.m[0](x, x, x)[0], nn.MultiheadAttention(6, 2, 0.5, batch_first=True)
+    ), sequences()
+
+
+@refuse("padded batch")
+def packed_sequence():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([3, 3, 2, 2, 1]), True)
+        return self.m[0](packed)[1][0]
+
+    return Function(forward, nn.GRU(6, 4, batch_first=True)), sequences()
+
+
+@refuse("use_reentrant=False")
+def reentrant_checkpointing():
+    return Function(
+        lambda self, x: checkpoint(self.m[1], self.m[0](x), use_reentrant=True),
+        nn.Linear(6, 4),
+        nn.Linear(4, 2),
+    ), vectors()
+
+
+@refuse("written to after")
+def argument_written_to():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.m[0](x)
+        x += 1
+        return y
+
+    return Function(forward, nn.Linear(6, 4)), vectors()
+
+
+class Multiplied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx: Any, b: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return b @ weight.T, x.T @ b
+
+
+@refuse(r"depend on w in a way")
+def custom_function_of_a_weight():
+    return Function(
+        lambda self, x: self.m[0](Multiplied.apply(x, self.w)), nn.Linear(3, 2), w=torch.randn(6, 3)
+    ), vectors()
+
+
+@refuse(r"depend on w in a way ")
+def custom_function_of_a_weight_with_another_use():
+    return Function(
+        lambda self, x: x @ self.w + Multiplied.apply(x, self.w), w=torch.randn(6, 3)
+    ), vectors()
+
+
+@refuse(r"depend on w in a way  ")
+def custom_function_of_a_computed_weight_with_another_use():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        weight = self.w.tanh()
+        return x @ weight + Multiplied.apply(x, weight)
+
+    return Function(forward, w=torch.randn(6, 3)), vectors()
+
+
+@refuse(r"depend on b in a way")
+def written_to_a_view():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.m[0](x)
+        y[:, :2].add_(self.b)
+        return y
+
+    return Function(forward, nn.Linear(6, 4), b=torch.randn(2)), vectors()
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_refused(words: str):
+    torch.manual_seed(0)
+    model, inputs = REFUSED[words]()
+    with pytest.raises(RuntimeError, match=words.rstrip()):
+        pull(model, inputs)
+
+
+def pull(model: nn.Module, inputs: Any) -> None:
+    tape = Tape(model, inputs)
+    (output,) = tape.outputs
+    for _, pieces in tape.pull([output], [[torch.ones_like(output)]]):
+        squared_norms(pieces)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripted_parts_are_refused_by_name():
+    model = nn.Sequential(nn.Linear(6, 4), torch.jit.script(nn.Linear(4, 2)))
+    with pytest.raises(RuntimeError, match=r"depend on 1\.bias, 1\.weight in a way"):
+        pull(model, vectors())
+
+
+def test_compiled_model_is_measured_plain():
+    model = torch.compile(
+        nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2)), backend="eager"
+    )
+    agree(model, vectors())
+
+
+def test_inputs_without_samples_or_several_outputs():
+    with pytest.raises(ValueError, match="no tensor with a dimension of samples"):
+        Tape(nn.Linear(6, 4), (torch.tensor(1.0),))
+    with pytest.raises(ValueError, match="returned 2 floating-point tensors"):
+        Tape(Function(lambda self, x: (x, x)), vectors()).only_output()
+    with pytest.raises(ValueError, match="expected the samples along dimension 0"):
+        Tape(nn.Sequential(nn.Linear(6, 4), nn.Flatten(0)), vectors()).only_output()
+
+
+def test_no_samples_give_no_pieces():
+    tape = Tape(nn.Linear(6, 4), torch.zeros(0, 6))
+    output = tape.only_output()
+    assert list(tape.pull([output], [[torch.ones_like(output)]])) == []
+
+
+# What is left behind
+
+
+class Kept(nn.Module):
+    """A dropout, buffers, attributes; it can fail at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 4), nn.Linear(4, 2)
+        self.drop, self.norm = nn.Dropout(0.5), nn.InstanceNorm1d(4, track_running_stats=True)
+        self.register_buffer("calls", torch.zeros(()))
+        self.kept = torch.ones(M, 4)
+        self.fails = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y = self.drop(self.first(x)) * self.kept
+        y = self.norm(y[..., None].expand(-1, -1, 3)).mean(2)
+        if self.fails:
+            raise KeyError("an error of the model")
+        return self.last(y)
+
+
+def traces(model: Kept, inputs: Tensor) -> list[Any]:
+    tensors = [inputs, model.kept, *model.parameters(), *model.buffers()]
+    return [
+        *(copy.deepcopy(t.detach()) for t in tensors),
+        *(sorted(vars(t)) for t in tensors),
+        *(t._version for t in tensors),
+        *(t._backward_hooks for t in tensors),
+        *(getattr(t, "grad", None) for t in tensors),
+        *(m.training for m in model.modules()),
+        *(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()),
+        torch.get_rng_state(),
+        torch.is_grad_enabled(),
+        len(torch.overrides._get_current_function_mode_stack()),
+    ]
+
+
+def test_nothing_is_left_behind():
+    model, inputs = Kept(), vectors().requires_grad_()
+    inputs.grad = torch.ones(M, 6)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for fails in (False, True):
+        model.fails = fails
+        before = traces(model, inputs)
+        if fails:
+            with pytest.raises(KeyError, match="an error of the model"):
+                pull(model, inputs)
+        else:
+            pull(model, inputs)
+            with torch.no_grad():
+                pull(model, inputs)
+        after = traces(model, inputs)
+        for a, b in zip(before, after, strict=True):
+            assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+def test_dropout_as_it_would_be_drawn():
+    model = nn.Sequential(nn.Linear(6, 40), nn.Dropout(0.5), nn.Linear(40, 2)).double()
+    x = vectors().double()
+    state = torch.get_rng_state()
+    outputs = model(x)
+    torch.set_rng_state(state)
+    parameters = list(model.parameters())
+    expected = torch.stack(
+        [
+            sum(
+                g.square().sum()
+                for g in torch.autograd.grad(o.sum(), parameters, retain_graph=True)
+            )
+            for o in outputs
+        ]
+    )
+    tape = Tape(model, x)
+    (output,) = tape.outputs
+    found = sum(
+        squared_norms(pieces) for _, pieces in tape.pull([output], [[torch.ones_like(output)]])
+    )
+    assert torch.allclose(found, expected, rtol=1e-12)
+
+
+def test_narrow_autocast_is_close():
+    model = nn.Sequential(nn.Linear(6, 32), nn.LayerNorm(32), nn.Tanh(), nn.Linear(32, 4))
+    x = vectors()
+    expected = jacobians(model, [(x[i : i + 1],) for i in range(M)]).sum(1).square().sum(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        tape = Tape(model, x)
+        (output,) = tape.outputs
+        assert output.dtype == torch.bfloat16
+        pulled = list(tape.pull([output], [[torch.ones_like(output)]]))
+        found = sum(squared_norms(pieces).float() for _, pieces in pulled)
+    assert torch.allclose(found, expected, rtol=5e-2)
