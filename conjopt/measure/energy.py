@@ -21,6 +21,7 @@ from conjopt.measure.layers.tape import (
     through,
 )
 from conjopt.measure.layers.uses import Recorder, Use
+from conjopt.measure.replay import REPLAYING
 
 __all__ = ["EnergyProbe", "gradient_energy", "per_sample_gradient_norms"]
 
@@ -164,7 +165,6 @@ class EnergyProbe:
         self._stride, self._every, self._forwards = round(1 / share), every, 0
         self._model = weakref.ref(model)
         self._live: _Live | None = None
-        self._checking = False
         self._known: dict[Any, list[Samples | None]] = {}  # where inputs of a kind have samples
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
@@ -182,18 +182,14 @@ class EnergyProbe:
             handle.remove()
 
     def _before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        if not torch.is_grad_enabled() or self._live is not None or self._checking:
+        if not torch.is_grad_enabled() or self._live is not None or REPLAYING.get():
             return
         if torch._C._current_graph_task_id() != -1:  # recomputed under checkpointing
             return
         self._forwards += 1
         if (self._forwards - 1) % self._every:
             return
-        self._checking = True  # what follows may run the model
-        try:
-            self._live = self._prepare(model, args, kwargs)
-        finally:
-            self._checking = False
+        self._live = self._prepare(model, args, kwargs)
         if self._live is not None:
             self._live.__enter__()
 
@@ -210,7 +206,7 @@ class EnergyProbe:
         return _Live(model, tensors, self._known[kind], samples, self._stride, self._store)
 
     def _after(self, model: nn.Module, args: Any, output: Any) -> None:
-        if self._checking:
+        if REPLAYING.get():
             return
         live, self._live = self._live, None
         if live is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,9 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = ["RandomState", "Replay", "refuse_reentrant"]
+
+# Whether the model runs for a measurement, which other measurements are to leave alone.
+REPLAYING: contextvars.ContextVar[bool] = contextvars.ContextVar("REPLAYING", default=False)
 
 RandomState = tuple[Tensor, dict[torch.device, Tensor]]  # of the CPU, and of each CUDA device
 
@@ -91,7 +95,12 @@ class Replay:
                 torch.cuda.set_rng_state(state, device)
             # Copies, as a model may write to its inputs.
             args, kwargs = tree_map(_cloned, (self.args, self.kwargs))
-            output = functional_call(model, {**buffers, **parameters}, args, kwargs, strict=False)
+            token = REPLAYING.set(True)
+            try:
+                tensors = {**buffers, **parameters}
+                output = functional_call(model, tensors, args, kwargs, strict=False)
+            finally:
+                REPLAYING.reset(token)
         return [
             leaf if isinstance(leaf, Tensor) and leaf.is_floating_point() else None
             for leaf in tree_leaves(output)

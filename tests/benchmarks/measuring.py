@@ -1,4 +1,4 @@
-"""Time and memory of gradient energy, as ratios to a plain forward and backward.
+"""Time and memory of gradient energy and structure matrices, as ratios to a forward and backward.
 
 Plain steps, probed steps and peers take turns in one process on one model and batch; a ratio is
 taken within each turn, and its median over the turns is reported with quartiles. Seconds are those
@@ -26,7 +26,7 @@ from loss_time import keep_freed_memory
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from conjopt.measure import EnergyProbe
+from conjopt.measure import EnergyProbe, structure_matrix
 
 
 class Residual(nn.Module):
@@ -200,6 +200,30 @@ def peers(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[], Tens
     return found
 
 
+def structures(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[], Tensor | None]]:
+    """Structure matrices of ten outputs, by the layers' factors and by the whole Jacobian."""
+    criterion = nn.CrossEntropyLoss()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def step() -> None:
+        model.zero_grad()
+        criterion(model(x), y).backward()
+
+    def outputs(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, sample.unsqueeze(0)).squeeze(0)
+
+    def jacobian() -> Tensor:
+        found = torch.func.vmap(torch.func.jacrev(outputs), (None, 0))(parameters, x)
+        flat = [j.flatten(2) for j in found.values()]
+        return torch.stack([j @ j.mT for j in flat]).sum(0)
+
+    return {
+        "plain": step,
+        "structure_matrix": lambda: structure_matrix(model, x),
+        "vmap(jacrev), a product for each parameter": jacobian,
+    }
+
+
 def seconds(run: Callable[[], object]) -> float:
     """CPU seconds of one run."""
     start = time.process_time()
@@ -225,32 +249,46 @@ def compare(turns: int) -> list[dict[str, object]]:
     """All problems, all ways; a row for each."""
     table = []
     for problem, (model, x, y) in problems().items():
-        runs = ways(model, x, y)
-        for name, run in list(runs.items()):
-            try:
-                seconds(run), seconds(run)
-            except Exception as error:  # a peer that cannot
-                print(f"{problem}: {name} fails: {str(error).splitlines()[0][:100]}")
-                del runs[name]
-        energies = {name: run() for name, run in runs.items() if "quarter" not in name}
-        exact = energies["probe, all rows"]
-        for name, energy in energies.items():
-            if energy is not None and exact is not None and not energy.isclose(exact, rtol=1e-3):
-                print(f"{problem}: {name} says {float(energy):.6g}, and we {float(exact):.6g}")
-        times = np.array([[seconds(run) for run in runs.values()] for _ in range(turns)])
-        memory = [peak_bytes(model, run) for run in runs.values()]
-        for i, name in enumerate(runs):
-            low, middle, high = np.quantile(times[:, i] / times[:, 0], [0.25, 0.5, 0.75])
-            table.append(
-                {
-                    "problem": problem,
-                    "way": name,
-                    "milliseconds": 1e3 * float(np.median(times[:, i])),
-                    "ratio": float(middle),
-                    "ratio_quartiles": [float(low), float(high)],
-                    "memory_ratio": memory[i] / memory[0],
-                }
-            )
+        table += rows_of(problem, model, ways(model, x, y), turns)
+    for problem, samples in (("MLP", 16), ("LeNet", 64), ("residual", 16), ("ViT", 8)):
+        name, (model, x, y) = next(p for p in problems().items() if p[0].startswith(problem))
+        label = f"{name.split(', batch')[0]}, {samples} samples"
+        table += rows_of(label, model, structures(model, x[:samples], y[:samples]), turns)
+    return table
+
+
+def rows_of(
+    problem: str, model: nn.Module, runs: dict[str, Callable[[], Tensor | None]], turns: int
+) -> list[dict[str, object]]:
+    """Compare the ways of one problem; those that agree with the first of them that measures."""
+    for name, run in list(runs.items()):
+        try:
+            seconds(run), seconds(run)
+        except Exception as error:  # a peer that cannot
+            print(f"{problem}: {name} fails: {str(error).splitlines()[0][:100]}")
+            del runs[name]
+    found = {name: run() for name, run in runs.items() if "quarter" not in name}
+    exact = next(value for value in found.values() if value is not None)
+    for name, value in found.items():
+        if value is not None and not value.allclose(
+            exact, rtol=1e-3, atol=1e-3 * float(exact.abs().max())
+        ):
+            print(f"{problem}: {name} disagrees")
+    times = np.array([[seconds(run) for run in runs.values()] for _ in range(turns)])
+    memory = [peak_bytes(model, run) for run in runs.values()]
+    table = []
+    for i, name in enumerate(runs):
+        low, middle, high = np.quantile(times[:, i] / times[:, 0], [0.25, 0.5, 0.75])
+        table.append(
+            {
+                "problem": problem,
+                "way": name,
+                "milliseconds": 1e3 * float(np.median(times[:, i])),
+                "ratio": float(middle),
+                "ratio_quartiles": [float(low), float(high)],
+                "memory_ratio": memory[i] / memory[0],
+            }
+        )
     return table
 
 

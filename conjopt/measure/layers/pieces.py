@@ -100,7 +100,11 @@ class Outer(Piece):
 
     def slab(self, start: int, stop: int) -> Tensor:
         """Return a range of the matrices' rows."""
-        return self.left[..., start:stop].mT @ self.right
+        left, k = self.left[..., start:stop], len(self.left)
+        if k > 1 == len(self.right):  # one product for all cotangents
+            rows = left.permute(1, 2, 0, 4, 3).flatten(2, 3)  # (m, g, k q, t)
+            return (rows @ self.right[0]).unflatten(2, (k, -1)).permute(2, 0, 1, 3, 4)
+        return left.mT @ self.right
 
     def select(self, rows: Tensor) -> Outer:
         """Return the gradients of some samples."""
@@ -273,6 +277,18 @@ def _slabs(pieces: Sequence[Piece]) -> Iterator[Tensor]:
         yield total
 
 
+def through_places(k: int, t: int, q: int, p: int) -> bool:
+    """Whether `k` sums of `t` outer products are better multiplied place by place.
+
+    Args:
+        k: Number of cotangents.
+        t: Number of places.
+        q: Size of the side that differs between cotangents.
+        p: Size of the other side.
+    """
+    return t * t * (p + k * q) + k * k * t * q < k * q * p * (t + k)
+
+
 def _outer_gram(piece: Outer) -> Tensor:
     """Inner products within samples; through places or coordinates, whichever is cheaper."""
     left, right = piece.left, piece.right
@@ -283,15 +299,16 @@ def _outer_gram(piece: Outer) -> Tensor:
             x = side.squeeze(3).permute(1, 2, 0, 3)  # (m, g, k or 1, coordinates)
             grams.append(x @ x.mT)
         return (grams[0] * grams[1]).sum(1)
-    if t * (q + p) > q * p or left.shape[0] == right.shape[0] > 1:
+    both = left.shape[0] == right.shape[0] > 1
+    if left.shape[0] < right.shape[0]:
+        left, right, q, p = right, left, p, q
+    if both or not through_places(len(left), t, q, p):
         total: Tensor | int = 0
         for slab in _slabs([piece]):
             x = slab.flatten(2).transpose(0, 1)
             total = total + x @ x.mT
         assert isinstance(total, Tensor)
         return total
-    if left.shape[0] < right.shape[0]:
-        left, right = right, left
     between = right[0] @ right[0].mT  # (m, g, t, t)
     moved = (between @ left).transpose(0, 1).flatten(2)  # (m, k, g t q)
     return moved @ left.transpose(0, 1).flatten(2).mT

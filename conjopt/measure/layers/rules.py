@@ -8,7 +8,6 @@ without a rule go through one vector-Jacobian product per sample (`by_sample.py`
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -300,118 +299,6 @@ def _by_channel(
     return found
 
 
-@register_rule(torch.conv1d, torch.conv2d, torch.conv3d)
-def _convolution(use: Use, cotangents: Cotangents) -> Found | None:
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    defaults = (None, None, None, 1, 0, 1, 1)
-    x, weight, bias, stride, padding, dilation, groups = (
-        use.argument(i, name, default)
-        for i, (name, default) in enumerate(zip(names, defaults, strict=True))
-    )
-    dims = weight.ndim - 2
-    if isinstance(padding, str):
-        if padding == "same" and use.is_weight(weight):
-            total = [
-                d * (size - 1)
-                for d, size in zip(_each(dilation, dims), weight.shape[2:], strict=True)
-            ]
-            pads = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
-            x = F.pad(x, pads)
-        padding = 0
-    options = [_each(value, dims) for value in (stride, padding, dilation)]
-    return _convolve(use, cotangents, x, weight, bias, (*options, False, [0] * dims, groups))
-
-
-@register_rule(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
-def _transposed(use: Use, cotangents: Cotangents) -> Found | None:
-    names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-    defaults = (None, None, None, 1, 0, 0, 1, 1)
-    x, weight, bias, stride, padding, extra, groups, dilation = (
-        use.argument(i, name, default)
-        for i, (name, default) in enumerate(zip(names, defaults, strict=True))
-    )
-    dims = weight.ndim - 2
-    stride, padding, dilation, extra = (
-        _each(value, dims) for value in (stride, padding, dilation, extra)
-    )
-    options = (stride, padding, dilation, True, extra, groups)
-    return _convolve(use, cotangents, x, weight, bias, options)
-
-
-def _convolve(
-    use: Use,
-    cotangents: Cotangents,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    options: tuple[Any, ...],
-) -> Found | None:
-    """Convolutions: the samples become groups of one convolution's weight gradient."""
-    (b,) = cotangents
-    m = use.samples
-    if b is None or use.is_weight(x) or x.ndim != weight.ndim or not use.plain(0):
-        return None
-    found: Found = []
-    if bias is not None and use.is_weight(bias):
-        found.append(flat(bias, b.flatten(3).sum(-1)))
-    if use.is_weight(weight):
-        *rest, groups = options
-        if groups == 1 and not options[3] and _few_places(b, weight):
-            unfolded = _unfold(x, weight, *options[:3])
-            return [*found, (weight, Outer(b.flatten(3).mT.unsqueeze(2), unfolded[None, :, None]))]
-        if len(b) > 1 and not options[3] and _one_product(b, weight, groups):
-            seen = _unfold(x, weight, *options[:3]).unflatten(2, (groups, -1)).transpose(1, 2)
-            left = b.flatten(3).unflatten(2, (groups, -1)).permute(1, 2, 0, 3, 4)
-            product = left.flatten(2, 3) @ seen  # (m, g, k q, t) @ (m, g, t, p)
-            product = product.unflatten(2, (len(b), -1)).permute(2, 0, 1, 3, 4)
-            return [*found, flat(weight, product)]
-        wide = weight.new_empty(1).expand(m * weight.shape[0], *weight.shape[1:])
-        inputs = x.reshape(1, -1, *x.shape[2:])
-        gradients = [
-            torch.ops.aten.convolution_backward(
-                c.reshape(1, -1, *c.shape[2:]),
-                inputs,
-                wide,
-                None,
-                *rest,
-                m * groups,
-                [False, True, False],
-            )[1]
-            for c in b
-        ]
-        stacked = torch.stack(gradients) if len(b) > 1 else gradients[0]
-        found.append(flat(weight, stacked.reshape(len(b), m, -1)))
-    return found
-
-
-def _few_places(b: Tensor, weight: Tensor) -> bool:
-    """Whether inner products through places are cheaper than through coordinates."""
-    places, q = math.prod(b.shape[3:]), weight.shape[0]
-    p = weight.numel() // q
-    return weight.ndim < 5 and places * (q + p) < 0.6 * q * p
-
-
-def _one_product(b: Tensor, weight: Tensor, groups: int) -> bool:
-    """Whether one matrix product for all cotangents is faster than a convolution for each.
-
-    On a CPU it is not where convolutions have fast kernels: many places, channels by eights.
-    """
-    blocked = weight.shape[1] % 8 == 0 and (weight.shape[0] // groups) % 8 == 0
-    many = math.prod(b.shape[3:]) >= 128 and math.prod(weight.shape[2:]) > 1
-    return weight.ndim < 5 and (b.is_cuda or not (blocked and many))
-
-
-def _unfold(
-    x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
-) -> Tensor:
-    """Return what the kernel sees at each place, `(m, places, p)`, in one or two dimensions."""
-    kernel = list(weight.shape[2:])
-    if weight.ndim == 3:
-        x, kernel = x.unsqueeze(2), [1, *kernel]
-        stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
-    return F.unfold(x, tuple(kernel), tuple(dilation), tuple(padding), tuple(stride)).mT
-
-
 @register_rule(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 def _recurrent(use: Use, cotangents: Cotangents) -> Found | None:
     dropout, training = use.args[5], use.args[6]
@@ -465,7 +352,3 @@ LAYOUTS[F.multi_head_attention_forward] = _attention_layout
 LAYOUTS.update(
     dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurrent_layout)
 )
-
-
-def _each(value: Any, dims: int) -> list[int]:
-    return [value] * dims if isinstance(value, int) else list(value) * (dims // len(value))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from conjopt.measure.layers.layout import LOST, MIXED, Samples
@@ -98,20 +100,7 @@ class Tape:
         edges = [edge for use in self.uses for edge in use.edges if edge is not None]
         if not edges:
             return
-        columns: list[list[Tensor | None]] = []
-        for cotangent in cotangents:
-            gradients = torch.autograd.grad(
-                list(roots), edges, list(cotangent), retain_graph=True, allow_unused=True
-            )
-            columns.append(list(gradients))
-        by_edge: list[Tensor | None] = []
-        for gradients in zip(*columns, strict=True):
-            live = [g for g in gradients if g is not None]
-            by_edge.append(
-                torch.stack([torch.zeros_like(live[0]) if g is None else g for g in gradients])
-                if live
-                else None
-            )
+        by_edge = _pulled(roots, edges, cotangents)
         found: dict[int, list[Piece]] = {}
         arriving = iter(by_edge)
         for use in self.uses:
@@ -188,6 +177,44 @@ def through(made: Tensor, bases: list[Tensor], piece: Piece) -> Iterator[tuple[T
     ]
     for base, found in zip(bases, zip(*parts, strict=True), strict=True):
         yield base, Dense(torch.cat(found).reshape(k, m, 1, 1, -1))
+
+
+def _pulled(
+    roots: Sequence[Tensor],
+    edges: Sequence[GradientEdge],
+    cotangents: Sequence[Sequence[Tensor | None]],
+) -> list[Tensor | None]:
+    """Pull cotangents back to edges, `(k, *shape)` each: all at once where torch can."""
+    wanted = [i for i in range(len(roots)) if cotangents[0][i] is not None]
+    if len(cotangents) > 1 and all(c[i] is not None for c in cotangents for i in wanted):
+        stacked = [torch.stack([g for c in cotangents if (g := c[i]) is not None]) for i in wanted]
+        with contextlib.suppress(RuntimeError), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+            return list(
+                torch.autograd.grad(
+                    [roots[i] for i in wanted],
+                    edges,
+                    stacked,
+                    retain_graph=True,
+                    allow_unused=True,
+                    is_grads_batched=True,
+                )
+            )
+    columns = [
+        torch.autograd.grad(
+            list(roots), edges, list(cotangent), retain_graph=True, allow_unused=True
+        )
+        for cotangent in cotangents
+    ]
+    by_edge: list[Tensor | None] = []
+    for gradients in zip(*columns, strict=True):
+        live = [g for g in gradients if g is not None]
+        by_edge.append(
+            torch.stack([torch.zeros_like(live[0]) if g is None else g for g in gradients])
+            if live
+            else None
+        )
+    return by_edge
 
 
 def _batched_grad(made: Tensor, bases: list[Tensor], gradients: Tensor) -> list[Tensor]:
