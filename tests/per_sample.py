@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from conjopt.measure.layers.pieces import batch_gram, sample_gram, squared_norms
+from conjopt.measure.layers.rules import pieces_of
 from conjopt.measure.layers.tape import Tape
 
 __all__ = ["F", "Function", "M", "agree", "case_table", "images", "sequences", "tokens", "vectors"]
@@ -92,6 +93,25 @@ def close(found: Tensor, expected: Tensor) -> None:
     assert error < 1e-12, f"relative error {error:.1e}"
 
 
+def every_other(tape: Tape, outputs: Tensor, residuals: Tensor) -> None:
+    """Half of the samples have the gradients that they have among all."""
+    for use in tape.uses:
+        edges = [edge for edge in use.edges if edge is not None]
+        arriving = iter(
+            torch.autograd.grad([outputs], edges, [residuals], retain_graph=True, allow_unused=True)
+        )
+        cotangents = [None if edge is None else next(arriving) for edge in use.edges]
+        if all(cotangent is None for cotangent in cotangents):
+            continue
+        part, fewer = use.every(2, cotangents)
+        full = pieces_of(use, [None if c is None else c[None] for c in cotangents])
+        half = pieces_of(part, [None if c is None else c[None] for c in fewer])
+        assert [id(weight) for weight, _ in half] == [id(weight) for weight, _ in full]
+        for (_, found), (_, among) in zip(half, full, strict=True):
+            expected = among.slab(0, among.sizes[3])[:, ::2].flatten(2)
+            close(found.slab(0, found.sizes[3]).flatten(2), expected)
+
+
 def agree(
     model: nn.Module,
     inputs: Any,
@@ -123,6 +143,7 @@ def agree(
     for _, pieces in tape.pull([outputs], [[residuals]]):
         total = total + squared_norms(pieces)
     close(total, expected)
+    every_other(tape, outputs, residuals)
     basis = []
     for j in range(k):
         unit = torch.zeros(m, dense.shape[1], dtype=torch.float64)

@@ -40,6 +40,14 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.fixture(autouse=True)
+def interruptible():
+    """Interrupts act, also where the tests are a background job, in which a shell ignores them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
 def one_thread():
     """Threads that wait for each other on busy cores would take most of the time."""
     threads = torch.get_num_threads()

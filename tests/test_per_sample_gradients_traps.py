@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from per_sample import Function, M, agree, case_table, images, jacobians, sequences, vectors
+from per_sample import F, Function, M, agree, case_table, images, jacobians, sequences, vectors
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from conjopt.measure import per_sample_gradient_norms
 from conjopt.measure.layers.pieces import squared_norms
 from conjopt.measure.layers.tape import Tape
 
@@ -158,6 +159,37 @@ def _():
     return model, (vectors(), torch.randn(2 * M, 6)), lambda x, table: (x, table)
 
 
+@case("a parameter as queries of plain attention")
+def _():
+    return Function(
+        lambda self, x: F.scaled_dot_product_attention(self.q.expand(len(x), -1, -1), x, x).sum(1),
+        q=torch.randn(1, M, 6),
+    ), sequences(M)
+
+
+@case("noise on weights, for each sample")
+def _():
+    noise = torch.randn(M, 6, dtype=torch.float64)
+    model = Function(
+        lambda self, x: (x * (self.w * self.noise)) @ self.v, w=torch.randn(6), v=torch.randn(6, 2)
+    )
+    model.noise = noise
+    return model, vectors(), "masked"
+
+
+@case("a parameter for each sample")
+def _():
+    return (
+        Function(
+            lambda self, x: torch.tanh(self.m[0](x) + self.codes) * self.codes.sum(1, keepdim=True),
+            nn.Linear(6, 4),
+            codes=torch.randn(M, 4),
+        ),
+        vectors(),
+        "masked",
+    )
+
+
 # Gradients that arrive in several ways
 
 
@@ -272,7 +304,10 @@ def _():
 def test_exact(name: str):
     torch.manual_seed(0)
     model, inputs, *rest = CASES[name]()
-    if rest and rest[0] is None:  # samples alone have other statistics: mask cotangents instead
+    if rest and rest[0] in (
+        None,
+        "masked",
+    ):  # samples alone have other statistics: mask cotangents instead
         model.double()
         inputs = inputs.double()
         outputs = model(inputs)
@@ -343,6 +378,47 @@ def tokens_that_are_masked_out():
     return Function(forward, nn.Linear(6, 4), nn.Linear(4, 2)), sequences(M)
 
 
+MIXING: dict[str, Any] = {
+    "normalised over the batch": lambda y: F.normalize(y, 2.0, 0),
+    "rolled": lambda y: torch.roll(y, 1, 0),
+    "flipped": lambda y: y.flip(0),
+    "sorted": lambda y: y.sort(0)[0],
+    "summed up": lambda y: y.cumsum(0),
+    "a layer norm over all": lambda y: F.layer_norm(y, y.shape),
+    "attention between samples": lambda y: F.scaled_dot_product_attention(y, y, y),
+    "a convolution over samples": lambda y: (
+        F.conv1d(y.T[None], torch.ones(4, 4, 3, dtype=y.dtype), padding=1)[0].T
+    ),
+    "a pool over samples": lambda y: F.avg_pool1d(y.T, 3, 1, 1).T,
+    "neighbours in a graph": lambda y: torch.eye(M, dtype=y.dtype).roll(1, 0) @ y,
+    "neighbours added": lambda y: torch.zeros_like(y).index_add(0, torch.arange(M).flip(0), y),
+    "neighbours gathered": lambda y: y.gather(0, torch.arange(M).flip(0)[:, None].expand(M, 4)),
+    "pairs": lambda y: torch.cat([y, y]).unflatten(0, (M, 2)).mean(1),
+    "a mean, extended": lambda y: y + y.mean(0, keepdim=True).expand_as(y),
+    "a greatest value": lambda y: y / y.abs().max(),
+    "halves of the batch": lambda y: torch.cat([y[2:], y[:2]]),
+    "halves written to": lambda y: torch.zeros_like(y).index_copy(0, torch.arange(M).flip(0), y),
+    "distances": lambda y: torch.cdist(y, y)[:, :4],
+    "covariance": lambda y: y @ (y.T @ y),
+    "unbatched attention": lambda y: nn.MultiheadAttention(4, 2).to(y)(y, y, y)[0],
+    "unbatched recurrence": lambda y: nn.GRU(4, 4).to(y)(y)[0],
+}
+
+
+@pytest.mark.parametrize("width", [4, M])
+@pytest.mark.parametrize("name", MIXING)
+def test_samples_that_meet_are_refused(name: str, width: int):
+    if width == M and "attention" in name:
+        width = 4
+    model = Function(
+        lambda self, x: self.m[1](MIXING[name](self.m[0](x)[:, :4])),
+        nn.Linear(width, 4),
+        nn.Linear(4, 2),
+    )
+    with pytest.raises(RuntimeError, match="meet each other"):
+        pull(model.double(), torch.randn(M, width, dtype=torch.float64))
+
+
 @refuse("training mode, which couples.*eval")
 def batch_norm():
     return nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), vectors()
@@ -369,6 +445,14 @@ def recurrent_dropout():
 def attention_dropout():
     return Function(
         lambda self, x: self.m[0](x, x, x)[0], nn.MultiheadAttention(6, 2, 0.5, batch_first=True)
+    ), sequences()
+
+
+@refuse("Attention drops out ")
+def attention_of_a_parameter_with_dropout():
+    return Function(
+        lambda self, x: F.scaled_dot_product_attention(self.q, x, x, dropout_p=0.5).sum(1),
+        q=torch.randn(1, 2, 6),
     ), sequences()
 
 
@@ -487,6 +571,45 @@ def test_no_samples_give_no_pieces():
     tape = Tape(nn.Linear(6, 4), torch.zeros(0, 6))
     output = tape.only_output()
     assert list(tape.pull([output], [[torch.ones_like(output)]])) == []
+
+
+# Losses
+
+
+def reference(model: nn.Module, loss: Any, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Norms of the parts of the gradient that go through one sample's outputs, times `m`."""
+    outputs = model(inputs)
+    (whole,) = torch.autograd.grad(loss(outputs, targets), outputs, retain_graph=True)
+    factor = len(inputs) if loss.reduction == "mean" else 1
+    norms = []
+    for i in range(len(inputs)):
+        mine = torch.zeros_like(whole)
+        mine[i] = whole[i]
+        parts = torch.autograd.grad(outputs, list(model.parameters()), mine, retain_graph=True)
+        norms.append(factor * sum(part.square().sum() for part in parts).sqrt())
+    return torch.stack(norms)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("places", [None, 3, M])
+def test_reductions_tokens_and_ignored_targets(reduction: str, places: int | None):
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 6)).double()
+    if places is not None:
+        model = Function(lambda self, t: self.m[0](t).mT, model)
+    shape = (M,) if places is None else (M, places)
+    tokens, targets = torch.randint(7, shape), torch.randint(6, shape)
+    targets.view(-1)[0] = targets.view(-1)[-1] = -100
+    weight = torch.rand(6, dtype=torch.float64)
+    for loss in (
+        nn.CrossEntropyLoss(reduction=reduction),
+        nn.CrossEntropyLoss(weight, reduction=reduction, label_smoothing=0.1),
+    ):
+        found = per_sample_gradient_norms(model, loss, tokens, targets)
+        expected = reference(model, loss, tokens, targets)
+        assert torch.allclose(found, expected, rtol=1e-12, atol=1e-15)
+        rows = torch.tensor([3, 1])
+        found = per_sample_gradient_norms(model, loss, tokens, targets, rows=rows)
+        assert torch.allclose(found, expected[rows], rtol=1e-12, atol=1e-15)
 
 
 # What is left behind

@@ -40,6 +40,12 @@ def by_sample(use: Use, cotangents: Sequence[Tensor | None]) -> list[tuple[Tenso
         if use.places[i] in (None, LOST):
             name = getattr(use.function, "__name__", use.function)
             raise RuntimeError(MIXED.format(f"the result of {name}"))
+    attends = getattr(use.function, "__name__", "") == "scaled_dot_product_attention"
+    if attends and use.argument(4, "dropout_p", 0.0):
+        raise RuntimeError(
+            "Attention drops out, and that cannot be repeated: call model.eval() first, or set "
+            "its dropout to 0."
+        )
     if use.whole:
         return _masked(use, leaves, spec, cotangents)
     moving: list[int] = []

@@ -17,7 +17,19 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-__all__ = ["LOST", "MIXED", "RANGE", "Samples", "Where", "fits", "locate", "plain_name", "tensors"]
+__all__ = [
+    "LOST",
+    "MIXED",
+    "RANGE",
+    "Samples",
+    "Where",
+    "by_size",
+    "fits",
+    "locate",
+    "plain_name",
+    "repeated",
+    "tensors",
+]
 
 
 class Samples(NamedTuple):
@@ -90,18 +102,16 @@ def locate(
     if samples == 1:  # all there is belongs to the one sample
         return [Samples(0) if result.ndim else LOST for result in results]
     tensor, at = held[0]
-    if name == "batch_norm" and kwargs.get("training", args[5] if len(args) > 5 else False):
-        return [LOST] * len(results)
     if name == "__getitem__":
         return [_indexed(args[0], args[1], where, samples)]
     if name in _SPECIAL:
         return _SPECIAL[name](args, kwargs, held, results, samples)
-    along = kwargs.get("dim", args[1] if len(args) > 1 else None)
-    if name in _MIXING and type(along) is int and along % tensor.ndim == at.dim:
+    if any(_mixes(name, args, kwargs, t, a) for t, a in held):
         return [LOST] * len(results)
     size = tensor.shape[at.dim]
     if (
         at.dim < tensor.ndim - 1
+        and all(size not in t.shape for t in tensors((args, kwargs)) if where(t) is None)
         and all(t.shape[a.dim] == size and a.outer == at.outer for t, a in held)
         and all(_count(t, size) == 1 for t in (*(t for t, _ in held), *results))
     ):
@@ -133,10 +143,9 @@ def _probe(
             warnings.simplefilter("ignore")
             other = function(*tree_map(grown, args), **tree_map(grown, kwargs))
     except Exception:  # no such kernel, or sizes that are written out: only what stays is known
-        if plain_name(function) in _MOVES:
+        if plain_name(function).strip("_") not in _KEEPS:
             return [LOST] * len(results)
-        end = at.dim + 1
-        return [at if r.shape[:end] == tensor.shape[:end] else LOST for r in results]
+        return [at if r.shape == tensor.shape else LOST for r in results]
     found: list[Samples | None] = []
     for before, after in zip(results, tensors([other]), strict=False):
         changed = [
@@ -241,7 +250,9 @@ def _indexed(tensor: Tensor, given: Any, where: Where, samples: int) -> Samples:
                     return LOST
                 outer = (stop - start) // samples
             index[place] = slice(None)
-        elif isinstance(item, Tensor) and where(item) is RANGE and size == samples:
+        elif isinstance(item, Tensor):
+            if where(item) is not RANGE or size != samples:
+                return LOST
             index[place] = RANGE
 
     def grown(leaf: Any, by: int) -> Any:
@@ -305,15 +316,69 @@ _SPECIAL: dict[str, Callable[..., list[Any]]] = {
     **dict.fromkeys(("chunk", "split", "tensor_split"), _pieces),
     "unbind": _unbound,
 }
-_MIXING = {
-    *("softmax", "log_softmax", "softmin", "normalize", "cumsum", "cumprod", "logcumsumexp"),
-    *("cummax", "cummin", "flip", "roll", "sort", "argsort", "topk", "renorm", "diff", "glu"),
+# Functions along a dimension: the place of the argument that tells it, and its default.
+_ALONG = {
+    **dict.fromkeys(("softmax", "log_softmax", "softmin", "cumsum", "cumprod", "flip"), (1, None)),
+    **dict.fromkeys(("logcumsumexp", "cummax", "cummin", "index_select", "gather"), (1, None)),
+    **dict.fromkeys(("index_add", "index_copy", "index_fill", "index_reduce"), (1, None)),
+    **dict.fromkeys(("scatter", "scatter_add", "scatter_reduce", "take_along_dim"), (1, None)),
+    **dict.fromkeys(("sort", "argsort", "glu"), (1, -1)),
+    **dict.fromkeys(("roll", "renorm"), (2, None)),
+    **dict.fromkeys(("topk", "diff", "fft_fft", "fft_ifft", "fft_rfft"), (2, -1)),
+    "normalize": (2, 1),
+    "take_along_dim": (2, None),
 }
-_MOVES = {
-    *("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t", "T", "mT"),
-    *("adjoint", "rot90", "__get__", "select", "squeeze", "unsqueeze", "matmul", "einsum"),
-    *("__matmul__", "bmm", "mm"),
-}
+_ANYWHERE = {"take", "put", "index_put", "masked_scatter", "masked_select", "embedding_renorm"}
+# Functions of the last dimensions: how many of them, where the name does not tell.
+_LAST = {"scaled_dot_product_attention": 2, "unfold": 2, "grid_sample": 2, "affine_grid": 2}
+_KEEPS = {"to", "cpu", "cuda", "type", "add", "iadd", "sub", "mul", "div", "copy", "requires_grad"}
+
+
+def _mixes(name: str, args: Any, kwargs: Any, tensor: Tensor, at: Samples) -> bool:
+    """Whether a function that keeps the shape brings samples together."""
+
+    def argument(place: int, key: str, default: Any = None) -> Any:
+        return args[place] if place < len(args) else kwargs.get(key, default)
+
+    if name in _ANYWHERE:
+        return True
+    if name in _ALONG:
+        place, default = _ALONG[name]
+        dims = argument(place, "dim", kwargs.get("dims", default))
+        if dims is None:
+            return True
+        dims = args[place:] if name == "flip" and type(dims) is int and args else dims
+        return at.dim in [d % tensor.ndim for d in ((dims,) if type(dims) is int else dims)]
+    if name == "batch_norm":
+        return at.dim == 1 or bool(argument(5, "training", False))
+    if name in ("group_norm", "instance_norm"):
+        return at.dim > 0
+    if name in ("layer_norm", "rms_norm"):
+        return at.dim >= tensor.ndim - len(argument(1, "normalized_shape"))
+    if "conv" in name and name[-2:] in ("1d", "2d", "3d"):
+        return at.dim > 0
+    if "pool" in name and name[-2:] in ("1d", "2d", "3d"):
+        return at.dim >= tensor.ndim - int(name[-2])
+    if name == "interpolate":
+        return at.dim > 1
+    return name in _LAST and args[0] is tensor and at.dim >= tensor.ndim - _LAST[name]
+
+
+def by_size(tensor: Tensor, samples: int) -> Samples | None:
+    """Guess where samples are: the first or the second dimension, if as long as there are."""
+    sizes = tuple(tensor.shape[:2])
+    return Samples(sizes.index(samples)) if samples in sizes else None
+
+
+def repeated(tensor: Tensor, base: Tensor, samples: int) -> Samples | None:
+    """Return the dimension along which a tensor repeats another for each sample, if any."""
+    full = (1,) * (tensor.ndim - base.ndim) + tuple(base.shape)
+    pairs = list(enumerate(zip(tensor.shape, full, strict=True)))
+    if all(a == b or b == 1 for _, (a, b) in pairs):
+        for dim, (a, b) in pairs[:2]:
+            if a == samples and b == 1:
+                return Samples(dim)
+    return None
 
 
 def plain_name(function: Callable[..., Any]) -> str:

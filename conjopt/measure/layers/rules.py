@@ -42,14 +42,26 @@ def register_rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
 
     Example:
         >>> import torch
+        >>> from conjopt.measure import gradient_energy
         >>> from conjopt.measure.layers import Dense, register_rule
-        >>> @register_rule(torch.nn.functional.prelu)
-        ... def prelu(use, cotangents):
+        >>> def scaled(x, weight):
+        ...     if torch.overrides.has_torch_function((x, weight)):  # the mode wants to see it
+        ...         return torch.overrides.handle_torch_function(scaled, (x, weight), x, weight)
+        ...     return x * weight
+        >>> @register_rule(scaled)
+        ... def rule(use, cotangents):
         ...     x, weight = use.args
-        ...     gradients = (cotangents[0] * x.clamp(max=0)).flatten(2)
-        ...     if weight.numel() > 1:
-        ...         return None  # a rule may leave cases to the general way
-        ...     return [(weight, Dense(gradients.sum(-1)[:, :, None, None, None]))]
+        ...     gradients = cotangents[0] * x  # (k, m, d)
+        ...     return [(weight, Dense(gradients[:, :, None, None]))]
+        >>> class Scale(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.weight = torch.nn.Parameter(torch.zeros(2))
+        ...     def forward(self, x):
+        ...         return scaled(x, self.weight)
+        >>> x, y = torch.tensor([[1.0, 2.0]]), torch.tensor([0])
+        >>> gradient_energy(Scale(), torch.nn.CrossEntropyLoss(), x, y)  # (1/4) (1^2 + 2^2)
+        tensor(1.2500)
     """
 
     def register(rule: Rule) -> Rule:

@@ -303,11 +303,12 @@ def places_of_inputs(
         leaves = [next(grown) if isinstance(x, Tensor) else x for x in flat]
         with contextlib.suppress(Exception):
             longer = _shapes(model, *tree_unflatten(leaves, spec))
-            # Only the samples are more: not, for instance, classes that are an input, too.
-            if all(
-                sum(a != b for a, b in zip(x, y, strict=True)) <= 1
+            more = [
+                sum(a != b for a, b in zip(x, y, strict=True))
                 for x, y in zip(shapes, longer, strict=True)
-            ):
+            ]
+            # Only the samples are more: not, for instance, classes that are an input, too.
+            if max(more) == 1:
                 return list(places_of_all)
     raise ValueError(
         f"There are {samples} samples, and inputs of shapes {[tuple(t.shape) for t in tensors]}: "

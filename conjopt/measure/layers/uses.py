@@ -9,14 +9,13 @@ the gradient of its result into per-sample gradients (`conjopt.measure.layers.ru
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
@@ -24,116 +23,16 @@ from conjopt.measure.layers.layout import (
     LOST,
     RANGE,
     Samples,
+    by_size,
     fits,
     locate,
     plain_name,
+    repeated,
     tensors,
 )
+from conjopt.measure.layers.use import LAYOUTS, Use
 
 __all__ = ["Recorder", "Use"]
-
-Layout = Callable[[tuple[Any, ...], dict[str, Any]], tuple[dict[int, int | None], Sequence[int]]]
-LAYOUTS: dict[Any, Layout] = {}  # of functions that say themselves where they keep samples
-
-
-@dataclasses.dataclass(eq=False)
-class Use:
-    """One call of a function with a parameter, or what was made of one, and samples.
-
-    Attributes:
-        function: What was called.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        weights: The tensors among them that per-sample gradients are wanted of.
-        edges: Of each tensor it returned, where its gradient arrives; `None` where none does.
-        shapes: Their shapes.
-        places: Where the samples of each are.
-        samples: `m`.
-        versions: Of the tensor arguments, to notice writes.
-        where: By the `id` of an argument, where its samples are.
-        whole: Whether it cannot be called for a sample alone.
-        stride: Only every so many samples are wanted; set where `whole`.
-
-    Example:
-        >>> from conjopt.measure.layers.tape import Tape
-        >>> tape = Tape(torch.nn.Linear(2, 3), torch.ones(5, 2))
-        >>> (use,) = tape.uses
-        >>> use.function.__name__, use.samples, [weight.shape for weight in use.weights]
-        ('linear', 5, [torch.Size([3, 2]), torch.Size([3])])
-    """
-
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    weights: list[Tensor]
-    edges: list[GradientEdge | None]
-    shapes: list[torch.Size]
-    places: list[Samples | None]
-    samples: int
-    versions: list[tuple[Tensor, int]]
-    where: dict[int, Samples | None]
-    whole: bool = False
-    stride: int = 1
-
-    @property
-    def constants(self) -> frozenset[int]:
-        """The `id` of those arguments that have no dimension of samples."""
-        return frozenset(i for i, at in self.where.items() if at in (None, RANGE))
-
-    def argument(self, place: int, name: str, default: Any = None) -> Any:
-        """Return an argument that may have been given by place or by name."""
-        return self.args[place] if place < len(self.args) else self.kwargs.get(name, default)
-
-    def is_weight(self, value: Any) -> bool:
-        """Whether an argument is one of the weights."""
-        return any(value is weight for weight in self.weights)
-
-    def at(self, tensor: Any) -> Samples | None:
-        """Return where the samples of an argument are, `None` if it has none."""
-        return self.where.get(id(tensor))
-
-    def plain(self, place: int) -> bool:
-        """Whether dimension 0 of a result holds the samples and nothing else."""
-        return self.places[place] == Samples(0) and self.shapes[place][0] == self.samples
-
-    def every(
-        self, stride: int, cotangents: Sequence[Tensor | None]
-    ) -> tuple[Use, list[Tensor | None]]:
-        """Return the use of every so many samples, and its cotangents, `(*shape)` each."""
-        if stride == 1:
-            return self, list(cotangents)
-        if self.whole:
-            return dataclasses.replace(self, stride=stride), list(cotangents)
-        where: dict[int, Samples | None] = {}
-
-        def part(value: Any) -> Any:
-            if isinstance(value, tuple | list):
-                return type(value)(part(item) for item in value)
-            at = self.at(value)
-            if not isinstance(value, Tensor) or at in (None, LOST):
-                return value
-            fewer = at.every(value, self.samples, stride)
-            where[id(fewer)] = at
-            return fewer
-
-        fewer = dataclasses.replace(
-            self,
-            args=part(self.args),
-            kwargs={name: part(value) for name, value in self.kwargs.items()},
-            shapes=[
-                at.every(torch.empty(shape, device="meta"), self.samples, stride).shape
-                if at and at.dim >= 0
-                else shape
-                for shape, at in zip(self.shapes, self.places, strict=True)
-            ],
-            samples=-(-self.samples // stride),
-            versions=[],
-            where=where,
-        )
-        return fewer, [
-            None if c is None else at.every(c, self.samples, stride) if at and at.dim >= 0 else c
-            for c, at in zip(cotangents, self.places, strict=True)
-        ]
 
 
 class Recorder(TorchFunctionMode):
@@ -166,7 +65,8 @@ class Recorder(TorchFunctionMode):
         self.made: list[Tensor] = []
         self.bases: dict[int, list[Tensor]] = {}
         self._weights = {id(p): p for p in parameters.values() if p.requires_grad}
-        self._repeated: dict[int, Tensor] = {}  # what a made tensor repeats for each sample
+        # What a made tensor repeats for each sample, and where.
+        self._repeated: dict[int, tuple[Tensor, Samples]] = {}
         self._places: dict[int, tuple[weakref.ref[Tensor], Samples | None]] = {}
         inputs = list(inputs)
         for tensor in (*constants, *(p for p in parameters.values() if not p.requires_grad)):
@@ -272,95 +172,134 @@ class Recorder(TorchFunctionMode):
         if not results or function is Tensor.backward:
             return
         live = [t for t in results if t.requires_grad]
-        if not weights or not live:
-            for tensor, at in zip(
-                results,
-                locate(function, args, kwargs, self.where, results, self.samples),
-                strict=True,
-            ):
-                if id(tensor) not in self._weights:
-                    is_range = function is torch.arange and args == (self.samples,)
-                    self._put(tensor, RANGE if is_range else at)
-            return
-        given = {id(t): t for t in tensors((args, kwargs)) if id(t) not in self._weights}
+        weights = list({id(w): w for w in weights}.values()) if live else []
+        given = {id(t): t for t in tensors((args, kwargs))}
         where = {i: self.where(t) for i, t in given.items()}
         if all(at in (None, RANGE) for at in where.values()):
-            for tensor in live:
+            for tensor in live if weights else ():
                 self._make(tensor, weights)
-                if plain_name(function) in _REPEATS and _repeats(tensor, args[0], self.samples):
-                    self._repeated[id(tensor)] = args[0]
+                if plain_name(function) in _REPEATS and (
+                    at := repeated(tensor, args[0], self.samples)
+                ):
+                    self._repeated[id(tensor)] = args[0], at
+            is_range = function is torch.arange and args == (self.samples,)
+            for tensor in results:
+                self._put(tensor, RANGE if is_range else None)
             return
-        self._use(function, args, kwargs, weights, results, where)
+        places, where, whole = self._remembered(function, args, kwargs, given, where, results)
+        for weight in [w for w in weights if where[id(w)] is not None]:
+            self._repeat(weight, where[id(weight)])
+            weights = [w for w in weights if w is not weight]
+        for tensor, at in zip(results, places, strict=True):
+            if id(tensor) not in self._weights:
+                self._put(tensor, at)
+        if weights:
+            shapes = [t.shape for t in results]
+            versions = [(t, t._version) for t in given.values()]
+            m = self.samples
+            use = Use(
+                function, args, kwargs, weights, [], shapes, places, m, versions, where, whole
+            )
+            self.used(use, results)
 
-    def _use(
+    def _remembered(
         self,
         function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        weights: list[Tensor],
-        results: list[Tensor],
+        given: dict[int, Tensor],
         where: dict[int, Samples | None],
-    ) -> None:
-        weights = list({id(weight): weight for weight in weights}.values())
-        places: list[Samples | None]
-        whole = False
+        results: list[Tensor],
+    ) -> tuple[list[Samples | None], dict[int, Samples | None], bool]:
+        """Follow the samples as in an earlier call of this kind, or anew."""
+        order = {i: number for number, i in enumerate(given)}
+
+        def kind(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                i = id(value)
+                repeats = self._repeated[i][1] if i in self._repeated else None
+                known = (where[i], i in self._weights, repeats, value.requires_grad)
+                return order[i], value.shape, value.dtype, known
+            if isinstance(value, tuple | list):
+                return tuple(kind(item) for item in value)
+            if isinstance(value, dict):
+                return tuple((name, kind(item)) for name, item in value.items())
+            if isinstance(value, slice):
+                return slice, kind((value.start, value.stop, value.step))
+            return type(value), value
+
+        key = (function, self.samples, kind(args), kind(kwargs), tuple(t.shape for t in results))
+        try:
+            known = _FOLLOWED.get(key)
+        except TypeError:  # an argument that cannot be told from another
+            return self._follow(function, args, kwargs, given, where, results)
+        if known is None:
+            places, at, whole = self._follow(function, args, kwargs, given, where, results)
+            if len(_FOLLOWED) >= 2**13:
+                _FOLLOWED.clear()
+            known = _FOLLOWED[key] = places, [at[i] for i in given], whole
+        places, along, whole = known
+        return places, dict(zip(given, along, strict=True)), whole
+
+    def _follow(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        given: dict[int, Tensor],
+        where: dict[int, Samples | None],
+        results: list[Tensor],
+    ) -> tuple[list[Samples | None], dict[int, Samples | None], bool]:
+        """Tell where results and arguments have their samples, and if one cannot be called alone.
+
+        An argument without samples that is as long as there are some may be in step with them,
+        like an initial state of zeros; it is if the call does not fit otherwise.
+        """
+        repeats = {i: self._repeated[i][1] for i in given if i in self._repeated}
         if function in LAYOUTS:
             dims, along = LAYOUTS[function](args, kwargs)
             said = {i: None if dim is None else Samples(dim) for i, dim in dims.items()}
             agree = self.samples == 1 or all(
                 where.get(i) in (None, RANGE, at) for i, at in said.items()
             )
-            where = {**where, **{i: at for i, at in said.items() if i not in self._weights}}
-            for weight in [w for w in weights if said.get(id(w)) is not None]:
-                if id(weight) in self._repeated:
-                    self._repeat(weight, said[id(weight)])
-                    where[id(weight)] = said[id(weight)]
-                    weights = [w for w in weights if w is not weight]
-                else:
-                    whole = True
-            places = [LOST] * len(results)
-            if agree:
-                places[:] = [Samples(dim) for dim in along[: len(results)]]
-        else:
+            lone = [i for i in said if i in self._weights and i not in repeats]
+            whole = any(said[i] is not None for i in lone)
+            where = {**where, **said, **dict.fromkeys(lone)}
+            said_places: list[Samples | None] = [Samples(d) if agree else LOST for d in along]
+            return said_places[: len(results)], where, whole
+
+        def attempt(w: dict[int, Samples | None]) -> tuple[list[Samples | None], bool]:
+            look = lambda t: w.get(id(t))  # noqa: E731
+            found = locate(function, args, kwargs, look, results, self.samples)
+            fit = LOST not in found and fits(
+                function, args, kwargs, look, results, found, self.samples
+            )
+            return found, fit
+
+        if self.samples == 1 or not any(
+            where[i] is None and self.samples in t.shape for i, t in given.items()
+        ):
             look = lambda t: where.get(id(t))  # noqa: E731
-            places = locate(function, args, kwargs, look, results, self.samples)
-            others = [t for t in tensors((args, kwargs)) if where.get(id(t)) is None]
-            if self.samples > 1 and any(self.samples in t.shape for t in others):
-                fit = lambda w: fits(  # noqa: E731
-                    function, args, kwargs, lambda t: w.get(id(t)), results, places, self.samples
-                )
-                if not fit(where):
-                    more = {id(t): by_size(t, self.samples) for t in others}
-                    again = [w for w in weights if id(w) in self._repeated]
-                    more = {i: at for i, at in more.items() if i not in self._weights}
-                    more |= {id(w): by_size(w, self.samples) for w in again}
-                    whole = not fit({**where, **more})
-                    where = where if whole else {**where, **more}
-                    for weight in () if whole else again:
-                        self._repeat(weight, where[id(weight)])
-                        weights = [w for w in weights if w is not weight]
-        for tensor, at in zip(results, places, strict=True):
-            self._put(tensor, at)
-        if not weights:
-            return
-        use = Use(
-            function,
-            args,
-            kwargs,
-            weights,
-            [],
-            [t.shape for t in results],
-            places,
-            self.samples,
-            [(t, t._version) for t in tensors((args, kwargs))],
-            where,
-            whole,
-        )
-        self.used(use, results)
+            return locate(function, args, kwargs, look, results, self.samples), where, False
+        places, fit = attempt(where)
+        if fit:
+            return places, where, False
+        by_sizes = {i: by_size(t, self.samples) for i, t in given.items() if where[i] is None}
+        constant = {
+            i: at
+            for i, at in by_sizes.items()
+            if i not in self._weights
+            and (given[i].is_floating_point() or given[i].dtype is torch.bool)
+        }
+        along_places, fit = attempt(stepping := {**where, **constant, **repeats})
+        if fit:
+            return along_places, stepping, False
+        along_places, fit = attempt({**where, **by_sizes, **constant, **repeats})
+        return (along_places if fit else places), where, True
 
     def _repeat(self, weight: Tensor, at: Samples | None) -> None:
         """Take a made tensor that repeats another for each sample as a use of that one."""
-        base = self._repeated.pop(id(weight))
+        base, _ = self._repeated.pop(id(weight))
         del self._weights[id(weight)]
         self._put(weight, at)
         use = Use(
@@ -388,24 +327,8 @@ class Recorder(TorchFunctionMode):
 
 
 _WRITES: dict[Any, bool] = {}
+_FOLLOWED: dict[Any, tuple[list[Samples | None], list[Samples | None], bool]] = {}
 _REPEATS = ("expand", "expand_as", "broadcast_to", "repeat", "tile")
-
-
-def by_size(tensor: Tensor, samples: int) -> Samples | None:
-    """Guess where samples are: the first or the second dimension, if as long as there are."""
-    sizes = tuple(tensor.shape[:2])
-    return Samples(sizes.index(samples)) if samples in sizes else None
-
-
-def _repeats(tensor: Tensor, base: Tensor, samples: int) -> bool:
-    """Whether a tensor repeats another along one dimension, as often as there are samples."""
-    at, full = by_size(tensor, samples), (1,) * (tensor.ndim - base.ndim) + tuple(base.shape)
-    if at is None or full[at.dim] != 1:
-        return False
-    return all(
-        a == b or i == at.dim or b == 1
-        for i, (a, b) in enumerate(zip(tensor.shape, full, strict=True))
-    )
 
 
 def _alias(value: Any) -> Any:

@@ -1,0 +1,118 @@
+"""One call of a function with parameters and samples, as it was made in a forward."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from conjopt.measure.layers.layout import LOST, RANGE, Samples
+
+__all__ = ["LAYOUTS", "Use"]
+
+Layout = Callable[[tuple[Any, ...], dict[str, Any]], tuple[dict[int, int | None], Sequence[int]]]
+LAYOUTS: dict[Any, Layout] = {}  # of functions that say themselves where they keep samples
+
+
+@dataclasses.dataclass(eq=False)
+class Use:
+    """One call of a function with a parameter, or what was made of one, and samples.
+
+    Attributes:
+        function: What was called.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        weights: The tensors among them that per-sample gradients are wanted of.
+        edges: Of each tensor it returned, where its gradient arrives; `None` where none does.
+        shapes: Their shapes.
+        places: Where the samples of each are.
+        samples: `m`.
+        versions: Of the tensor arguments, to notice writes.
+        where: By the `id` of an argument, where its samples are.
+        whole: Whether it cannot be called for a sample alone.
+        stride: Only every so many samples are wanted; set where `whole`.
+
+    Example:
+        >>> from conjopt.measure.layers.tape import Tape
+        >>> tape = Tape(torch.nn.Linear(2, 3), torch.ones(5, 2))
+        >>> (use,) = tape.uses
+        >>> use.function.__name__, use.samples, [weight.shape for weight in use.weights]
+        ('linear', 5, [torch.Size([3, 2]), torch.Size([3])])
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    weights: list[Tensor]
+    edges: list[GradientEdge | None]
+    shapes: list[torch.Size]
+    places: list[Samples | None]
+    samples: int
+    versions: list[tuple[Tensor, int]]
+    where: dict[int, Samples | None]
+    whole: bool = False
+    stride: int = 1
+
+    @property
+    def constants(self) -> frozenset[int]:
+        """The `id` of those arguments that have no dimension of samples."""
+        return frozenset(i for i, at in self.where.items() if at in (None, RANGE))
+
+    def argument(self, place: int, name: str, default: Any = None) -> Any:
+        """Return an argument that may have been given by place or by name."""
+        return self.args[place] if place < len(self.args) else self.kwargs.get(name, default)
+
+    def is_weight(self, value: Any) -> bool:
+        """Whether an argument is one of the weights."""
+        return any(value is weight for weight in self.weights)
+
+    def at(self, tensor: Any) -> Samples | None:
+        """Return where the samples of an argument are, `None` if it has none."""
+        return self.where.get(id(tensor))
+
+    def plain(self, place: int) -> bool:
+        """Whether dimension 0 of a result holds the samples and nothing else."""
+        return self.places[place] == Samples(0) and self.shapes[place][0] == self.samples
+
+    def every(
+        self, stride: int, cotangents: Sequence[Tensor | None]
+    ) -> tuple[Use, list[Tensor | None]]:
+        """Return the use of every so many samples, and its cotangents, `(*shape)` each."""
+        if stride == 1:
+            return self, list(cotangents)
+        if self.whole:
+            return dataclasses.replace(self, stride=stride), list(cotangents)
+        where: dict[int, Samples | None] = {}
+
+        def part(value: Any) -> Any:
+            if isinstance(value, tuple | list):
+                return type(value)(part(item) for item in value)
+            at = self.at(value)
+            if not isinstance(value, Tensor) or at in (None, LOST):
+                return value
+            fewer = at.every(value, self.samples, stride)
+            where[id(fewer)] = at
+            return fewer
+
+        fewer = dataclasses.replace(
+            self,
+            args=part(self.args),
+            kwargs={name: part(value) for name, value in self.kwargs.items()},
+            shapes=[
+                at.every(torch.empty(shape, device="meta"), self.samples, stride).shape
+                if at and at.dim >= 0
+                else shape
+                for shape, at in zip(self.shapes, self.places, strict=True)
+            ],
+            samples=-(-self.samples // stride),
+            versions=[],
+            where=where,
+        )
+        return fewer, [
+            None if c is None else at.every(c, self.samples, stride) if at and at.dim >= 0 else c
+            for c, at in zip(cotangents, self.places, strict=True)
+        ]
