@@ -40,6 +40,53 @@ def _():
     return Function(forward, nn.Linear(6, 4), g=torch.randn(4)), vectors()
 
 
+@case("two views joined, taken apart by slices, and used")
+def _():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        z = torch.cat([x, 2 * x]).tanh()
+        return self.m[0](z[: len(x)]) * self.m[1](z[len(x) :]) + self.m[0](z)[len(x) :]
+
+    return Function(forward, nn.Linear(6, 4), nn.Linear(6, 4)), vectors()
+
+
+@case("samples repeated as a whole, and each")
+def _():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        z = torch.tanh(self.m[0](x.repeat(2, 1)))
+        y = torch.tanh(self.m[0](x.repeat_interleave(2, 0)))
+        return z[: len(x)] + z[len(x) :] ** 2 + y.unflatten(0, (-1, 2)).prod(1)
+
+    return Function(forward, nn.Linear(6, 4)), vectors()
+
+
+@case("samples joined with as many constants")
+def _():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        z = torch.tanh(self.m[0](torch.cat([x, torch.ones_like(x).cos()])))
+        return z[: len(x)] * z[len(x) :]
+
+    return Function(forward, nn.Linear(6, 4)), vectors()
+
+
+@pytest.mark.parametrize("places", [2, M])
+@pytest.mark.parametrize("dim", [0, 1, -2])
+def test_places_stacked(places: int, dim: int):
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = torch.stack([self.m[0](x[:, t]) for t in range(places)], dim).tanh()
+        return self.m[1](y).prod(0 if dim == 0 else 1)
+
+    agree(Function(forward, nn.Linear(6, 4), nn.Linear(4, 2)), sequences(places))
+
+
+@case("a new tensor of places, as many as samples")
+def _():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        places = x.new_ones(x.shape[1], 4).cumsum(0)
+        return torch.tanh(x + self.m[0](places)).sum(1)
+
+    return Function(forward, nn.Linear(4, 6)), sequences(M)
+
+
 @case("two views of images joined, with convolution and normalisation")
 def _():
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -379,6 +426,15 @@ def tokens_that_are_masked_out():
 
 
 MIXING: dict[str, Any] = {
+    "a group norm over samples": lambda y: F.group_norm(y.T[None], 2)[0].T,
+    "a slice across two copies": lambda y: torch.cat([y, y.exp()])[1 : M + 1],
+    "taken by numbers": lambda y: y.take(torch.arange(4 * M).flip(0)).reshape(M, 4),
+    "put by numbers": lambda y: y.index_put((torch.arange(M).flip(0),), y),
+    "a mean, detached and not": lambda y: (y - y.detach().mean(0)) * (y - y.mean(0)),
+    "joined with more rows": lambda y: (
+        torch.cat([y, torch.ones(2 * M, 4, dtype=y.dtype)]).unflatten(0, (M, 3)).sum(1)
+    ),
+    "places and samples in chunks": lambda y: (c := y.repeat_interleave(2, 0).chunk(2))[0] * c[1],
     "normalised over the batch": lambda y: F.normalize(y, 2.0, 0),
     "rolled": lambda y: torch.roll(y, 1, 0),
     "flipped": lambda y: y.flip(0),
@@ -432,6 +488,14 @@ def batch_norm_without_parameters():
 @refuse("scale_grad_by_freq")
 def embedding_by_frequency():
     return nn.Embedding(7, 3, scale_grad_by_freq=True), torch.randint(7, (M,))
+
+
+@refuse("meet each other     ")
+def bags_of_joined_samples():
+    def forward(self: Any, t: Tensor) -> Tensor:
+        return self.m[0](t.flatten(), torch.arange(0, t.numel(), t.shape[1]))
+
+    return Function(forward, nn.EmbeddingBag(7, 3)), torch.randint(7, (M, 4))
 
 
 @refuse("drops out between")

@@ -110,8 +110,7 @@ def locate(
         return [LOST] * len(results)
     size = tensor.shape[at.dim]
     if (
-        at.dim < tensor.ndim - 1
-        and all(size not in t.shape for t in tensors((args, kwargs)) if where(t) is None)
+        all(size not in t.shape for t in tensors((args, kwargs)) if where(t) is None)
         and all(t.shape[a.dim] == size and a.outer == at.outer for t, a in held)
         and all(_count(t, size) == 1 for t in (*(t for t, _ in held), *results))
     ):
