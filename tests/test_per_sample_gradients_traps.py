@@ -237,6 +237,14 @@ def _():
     )
 
 
+@case("bags of joined samples, by offsets")
+def _():
+    def forward(self: Any, t: Tensor) -> Tensor:
+        return self.m[0](t.flatten(), torch.arange(0, t.numel(), t.shape[1]))
+
+    return Function(forward, nn.EmbeddingBag(7, 3)), torch.randint(7, (M, 4))
+
+
 # Gradients that arrive in several ways
 
 
@@ -488,14 +496,6 @@ def batch_norm_without_parameters():
 @refuse("scale_grad_by_freq")
 def embedding_by_frequency():
     return nn.Embedding(7, 3, scale_grad_by_freq=True), torch.randint(7, (M,))
-
-
-@refuse("meet each other     ")
-def bags_of_joined_samples():
-    def forward(self: Any, t: Tensor) -> Tensor:
-        return self.m[0](t.flatten(), torch.arange(0, t.numel(), t.shape[1]))
-
-    return Function(forward, nn.EmbeddingBag(7, 3)), torch.randint(7, (M, 4))
 
 
 @refuse("drops out between")

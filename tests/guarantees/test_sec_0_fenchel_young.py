@@ -370,6 +370,8 @@ def test_divergence_is_non_negative_and_is_its_definition(instance: Instance, se
 def test_mean_divergence_from_the_mean_is_the_generalized_entropy(instance: Instance):
     """Def 1.1: `E Phi(Y) - Phi(E Y) = E D(Y, E Y)`."""
     potential, y, _ = instance
+    # A mean that underflows to 0 has another support than its points, which `divergence` excludes.
+    y = torch.where(y.abs() < 1e-300, 0, y)
     weights = torch.tensor([0.25, 0.25, 0.5], dtype=torch.float64)  # exact in binary
     mean = weights @ y
     entropy = weights @ potential.value(y) - potential.value(mean)
