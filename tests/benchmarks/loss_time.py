@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import gc
 import json
 import platform
 import time
@@ -92,14 +93,16 @@ def seconds(loss: Callable, outputs: Tensor, targets: Tensor) -> float:
 def peak_bytes(loss: Callable, outputs: Tensor, targets: Tensor) -> int:
     """The most bytes held at once, beyond what was there before."""
     outputs.grad = None
+    gc.collect()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         loss(outputs, targets).backward()
-    held = peak = 0
+    held = least = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
-            peak = max(peak, held)
+            least = min(least, held)  # what is freed at first was there before
+            peak = max(peak, held - least)
     return peak
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import gc
 import json
 import platform
 import time
@@ -234,14 +235,16 @@ def seconds(run: Callable[[], object]) -> float:
 def peak_bytes(model: nn.Module, run: Callable[[], object]) -> int:
     """The most bytes held at once in a run, beyond those before it, the gradients of old gone."""
     model.zero_grad()
+    gc.collect()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         run()
-    held = peak = 0
+    held = least = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
-            peak = max(peak, held)
+            least = min(least, held)  # what is freed at first was there before
+            peak = max(peak, held - least)
     return peak
 
 
