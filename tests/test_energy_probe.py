@@ -6,11 +6,13 @@ import weakref
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from conjopt.measure import EnergyProbe, MeasurementError, gradient_energy
+from conjopt.measure import EnergyProbe, MeasurementError, comparing, gradient_energy
 from conjopt.measure import per_sample_gradient_norms as norms_of
+from conjopt.measure.layers import rules
 
 CRITERION = nn.CrossEntropyLoss()
 Y = torch.tensor([0, 1, 2, 1, 0, 2])
@@ -191,3 +193,94 @@ def test_nothing_waits_for_the_device():
         CRITERION(model(x), Y).backward()
     assert not spy.seen
     assert probe.norms is not None
+
+
+class Gated(nn.Module):
+    """Takes positional and keyword arguments, and may bring samples together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(
+        self, x: Tensor, *, gate: Tensor | None = None, shift: Tensor | None = None,
+        centred: bool = False,
+    ) -> Tensor:  # fmt: skip
+        h = self.inner(x).tanh()
+        h = h if gate is None else h * gate
+        h = h if shift is None else h + shift
+        outputs = self.head(h)
+        return outputs - outputs.mean(0) if centred else outputs
+
+
+def gated() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return (
+        Gated().double(),
+        torch.randn(6, 6, dtype=torch.float64),
+        torch.randn(6, 5, dtype=torch.float64),
+    )
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    seen = []
+    plain = comparing.Check.problems
+    monkeypatch.setattr(
+        comparing.Check, "problems", lambda self: (seen.append(self.model), plain(self))[1]
+    )
+    return seen
+
+
+@pytest.mark.parametrize("positional", [True, False])
+def test_keyword_arguments_are_measured_and_checked(positional, checks):
+    model, x, gate = gated()
+    expected = norms_of(model, CRITERION, {"x": x, "gate": gate}, Y)
+    checks.clear()
+    probe = EnergyProbe(model)
+    for _ in range(2):
+        args, kwargs = ((x,), {"gate": gate}) if positional else ((), {"x": x, "gate": gate})
+        CRITERION(model(*args, **kwargs), Y).backward()
+        assert_close(probe.norms, expected, rtol=1e-12, atol=0)
+    assert len(checks) == 1
+    CRITERION(model(x, shift=gate), Y).backward()  # the same shapes under another name
+    assert_close(
+        probe.norms, norms_of(model, CRITERION, {"x": x, "shift": gate}, Y), rtol=1e-12, atol=0
+    )
+    assert len(checks) == 2 + 1  # and that of the function
+
+
+def test_a_wrong_rule_is_found_with_keyword_arguments():
+    model, x, gate = gated()
+    plain = rules._RULES[F.linear]
+    rules._RULES[F.linear] = lambda use, cotangents: plain(use, cotangents)[:1]
+    EnergyProbe(model)
+    try:
+        with pytest.raises(MeasurementError, match=r"'inner\.bias', 'head\.bias' are measured"):
+            model(x, gate=gate)
+    finally:
+        rules._RULES[F.linear] = plain
+
+
+def test_samples_that_meet_are_refused_with_keyword_arguments():
+    model, x, gate = gated()
+    probe = EnergyProbe(model)
+    with pytest.raises(MeasurementError, match="couples samples"):
+        model(x, gate=gate, centred=True)
+    CRITERION(model(x, gate=gate), Y).backward()
+    assert probe.norms is not None
+
+
+def test_samples_that_meet_later_are_refused():
+    """The check of the first forward is passed; a flag that it cannot see changes after it."""
+    model, x, _ = gated()
+    model.register_forward_hook(lambda m, args, output: output - output.mean(0) if flag else output)
+    flag = False
+    EnergyProbe(model)
+    model(x)
+    flag = True
+    with pytest.raises(RuntimeError, match="In front of the outputs, samples meet"):
+        model(x)
+    assert not torch.overrides._get_current_function_mode_stack()
+    flag = False
+    CRITERION(model(x), Y).backward()

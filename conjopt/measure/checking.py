@@ -11,7 +11,7 @@ from collections.abc import Hashable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from conjopt.measure.comparing import CHECKING, Check
 from conjopt.measure.layers.tape import as_arguments
@@ -118,13 +118,16 @@ _PASSED: weakref.WeakKeyDictionary[nn.Module, set[Hashable]] = weakref.WeakKeyDi
 
 
 def _kind(model: nn.Module, inputs: Any, loss: Any) -> Hashable:
-    leaves = [
-        (tuple(leaf.shape[1:]), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else type(leaf)
-        for leaf in tree_leaves(as_arguments(inputs))
+    leaves, names = tree_flatten(as_arguments(inputs))
+    kinds = [
+        (tuple(leaf.shape[1:]), leaf.dtype, leaf.device)
+        if isinstance(leaf, Tensor)
+        else (type(leaf), leaf if isinstance(leaf, bool | str) else None)  # what may choose a way
+        for leaf in leaves
     ]
     trained = tuple(parameter.requires_grad for parameter in model.parameters())
     mode = tuple(module.training for module in model.modules())
-    return tuple(leaves), trained, mode, None if loss is None else type(loss)
+    return tuple(kinds), str(names), trained, mode, None if loss is None else type(loss)
 
 
 def _raise(model: nn.Module, problems: list[str], name: str = "") -> None:

@@ -18,6 +18,7 @@ from conjopt.measure.energy import per_sample_gradient_norms
 from conjopt.measure.layers.layout import Samples
 from conjopt.measure.layers.pieces import sample_gram
 from conjopt.measure.layers.tape import (
+    Arguments,
     Tape,
     as_arguments,
     number_of_samples,
@@ -402,8 +403,7 @@ class Check:
             yield name, sample_gram([piece.select(picked) for piece in pieces])
 
     def _compare_structure(self, rows: list[int]) -> None:
-        args, kwargs = self._select(rows)
-        inputs: Any = args if args else kwargs
+        inputs = Arguments(*self._select(rows))
         expected: list[Tensor] = []
         for row in rows:
             one, named = self._select([row])

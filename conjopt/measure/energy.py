@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from conjopt.measure.layers.layout import Samples
 from conjopt.measure.layers.pieces import Piece, squared_norms
 from conjopt.measure.layers.rules import pieces_of
 from conjopt.measure.layers.tape import (
+    Arguments,
     Tape,
     constants_of,
     number_of_samples,
     places_of_inputs,
+    refuse_mixed,
     through,
 )
 from conjopt.measure.layers.uses import Recorder, Use
@@ -141,6 +143,7 @@ class EnergyProbe:
         ValueError: For a share or a number out of range.
         MeasurementError: In the first forward of a kind, if the model cannot be measured; two
             samples are then compared with plain autograd.
+        RuntimeError: In a forward, if samples meet in front of the outputs.
 
     Reference:
         docs/theory.md, section 0.
@@ -194,14 +197,14 @@ class EnergyProbe:
             self._live.__enter__()
 
     def _prepare(self, model: nn.Module, args: Any, kwargs: Any) -> _Live | None:
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        leaves, names = tree_flatten((args, kwargs))
+        tensors = [t for t in leaves if isinstance(t, Tensor)]
         samples = number_of_samples(tensors)
         if samples == 0:
             return None
-        kind = tuple((t.shape[1:], t.ndim and t.shape[0] == samples) for t in tensors)
+        kind = (str(names), *((t.shape[1:], t.ndim and t.shape[0] == samples) for t in tensors))
         if kind not in self._known:
-            if not kwargs:
-                _check(model, tuple(args), None, None, "EnergyProbe")
+            _check(model, Arguments(args, kwargs), None, None, "EnergyProbe")
             self._known[kind] = places_of_inputs(model, args, kwargs, samples)
         return _Live(model, tensors, self._known[kind], samples, self._stride, self._store)
 
@@ -211,6 +214,7 @@ class EnergyProbe:
         live, self._live = self._live, None
         if live is not None:
             live.__exit__(None, None, None)
+            refuse_mixed(live, [t for t in tree_leaves(output) if isinstance(t, Tensor)])
 
     def _store(self, norms: Tensor) -> None:
         self.norms = norms

@@ -20,7 +20,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from conjopt.measure.last_layer import empty_output, is_empty
 from conjopt.measure.layers.layout import Samples
 from conjopt.measure.layers.pieces import Piece, batch_gram, sample_gram
-from conjopt.measure.layers.tape import Tape, as_arguments, number_of_samples, places_of_inputs
+from conjopt.measure.layers.tape import (
+    Arguments,
+    Tape,
+    as_arguments,
+    number_of_samples,
+    places_of_inputs,
+)
 from conjopt.measure.replay import RandomState, Replay
 from conjopt.potentials import Potential
 
@@ -264,7 +270,7 @@ class _Batch:
 
     def empty(self) -> Tensor:
         """Return the structure matrices of no samples, `(0, d, d)`."""
-        output = empty_output(self.model, self.kwargs or self.args)
+        output = empty_output(self.model, Arguments(self.args, self.kwargs))
         d = len(self._basis(output))
         return torch.zeros(0, d, d, dtype=_at_least_float32(output), device=output.device)
 
@@ -297,7 +303,7 @@ class _Batch:
 
         handle = model.register_forward_hook(compare)
         try:
-            tape = Tape(model, kwargs or args)
+            tape = Tape(model, Arguments(args, kwargs))
         finally:
             handle.remove()
         output = tape.only_output()

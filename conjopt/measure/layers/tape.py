@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,20 @@ from conjopt.measure.layers.rules import pieces_of
 from conjopt.measure.layers.uses import Recorder, Use
 from conjopt.measure.replay import Replay, refuse_reentrant
 
-__all__ = ["Tape", "as_arguments", "number_of_samples"]
+__all__ = ["Arguments", "Tape", "as_arguments", "number_of_samples", "refuse_mixed"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Inputs of a model that is called with positional and with keyword arguments.
+
+    Attributes:
+        args: The positional ones.
+        kwargs: The keyword ones.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 class Tape:
@@ -31,7 +45,7 @@ class Tape:
 
     Args:
         model: The module.
-        inputs: Its inputs: a tensor, or a tuple or a dict of its arguments.
+        inputs: Its inputs: a tensor, a tuple or a dict of its arguments, or `Arguments`.
 
     Attributes:
         outputs: The tensors that it returned, with their graph.
@@ -109,7 +123,7 @@ class Tape:
                 continue
             for weight, piece in pieces_of(use, mine):
                 found.setdefault(id(weight), []).append(piece)
-        self._refuse_mixed()
+        refuse_mixed(self._recorder, self.outputs)
         for made in self._recorder.made:
             for piece in found.pop(id(made), []):
                 for parameter, gradient in through(made, self._recorder.bases[id(made)], piece):
@@ -117,12 +131,6 @@ class Tape:
         for name, parameter in self._parameters.items():
             if pieces := found.pop(id(parameter), None):
                 yield name, pieces
-
-    def _refuse_mixed(self) -> None:
-        for output in self.outputs:
-            mixed = output.requires_grad and self._recorder.where(output) is LOST
-            if mixed and output.shape[:1] == (self.samples,):
-                raise RuntimeError(MIXED.format("the outputs"))
 
     def _refuse_unseen(self) -> None:
         """Walk from the outputs to the parameters: each way there has to be a use."""
@@ -158,6 +166,22 @@ class Tape:
                 "compiled or scripted parts, a custom autograd function, or writing to a view. "
                 "Measure the plain module, or write that part in torch functions."
             )
+
+
+def refuse_mixed(recorder: Recorder, outputs: Sequence[Tensor]) -> None:
+    """Refuse outputs in front of which samples meet.
+
+    Args:
+        recorder: Of the forward that returned them.
+        outputs: With their graph.
+
+    Raises:
+        RuntimeError: If samples meet each other, or cannot be told apart any more.
+    """
+    for output in outputs:
+        mixed = output.requires_grad and recorder.where(output) is LOST
+        if mixed and output.shape[:1] == (recorder.samples,):
+            raise RuntimeError(MIXED.format("the outputs"))
 
 
 def through(made: Tensor, bases: list[Tensor], piece: Piece) -> Iterator[tuple[Tensor, Piece]]:
@@ -238,7 +262,9 @@ def _batched_grad(made: Tensor, bases: list[Tensor], gradients: Tensor) -> list[
 
 
 def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the positional and keyword arguments that a tensor, a tuple or a dict stands for."""
+    """Return the positional and keyword arguments that inputs stand for."""
+    if isinstance(inputs, Arguments):
+        return inputs.args, inputs.kwargs
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
