@@ -1,5 +1,6 @@
 """The probe of an ordinary training loop against the plain function, and what it leaves alone."""
 
+import copy
 import gc
 import weakref
 
@@ -284,3 +285,41 @@ def test_samples_that_meet_later_are_refused():
     assert not torch.overrides._get_current_function_mode_stack()
     flag = False
     CRITERION(model(x), Y).backward()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["whole", "part", "in place"])
+def test_compiled_parts_are_refused_by_name(how):
+    torch.compiler.reset()
+    model, x = make("mlp")
+    compiled = torch.compile(model if how == "whole" else model[2], backend="eager")
+    if how == "in place":
+        model[2].compile(backend="eager")
+    elif how == "part":
+        model[2] = compiled
+    watched = compiled if how == "whole" else model
+    probe = EnergyProbe(watched)
+    name = "the model itself" if how == "whole" else "'2'"
+    with pytest.raises(RuntimeError, match=f"{name} of .* is compiled.*per_sample_gradient_norms"):
+        watched(x)
+    probe.remove()
+    expected = norms_of(make("mlp")[0], CRITERION, x, Y)
+    assert_close(norms_of(watched, CRITERION, x, Y), expected, rtol=1e-12, atol=0)
+    torch.compiler.reset()
+
+
+def test_renormalised_embeddings_are_those_of_the_loop():
+    torch.manual_seed(0)
+    table = nn.Embedding(7, 4, max_norm=0.5)
+    model = nn.Sequential(table, nn.Flatten(), nn.Linear(20, 3)).double()
+    tokens = torch.randint(7, (6, 5))
+    with torch.no_grad():
+        table.weight.mul_(3)
+    twin = copy.deepcopy(model)
+    CRITERION(twin(tokens), Y).backward()
+    probe = EnergyProbe(model)
+    CRITERION(model(tokens), Y).backward()
+    for mine, other in zip(model.parameters(), twin.parameters()):
+        assert torch.equal(mine, other)
+        assert torch.equal(mine.grad, other.grad)
+    assert_close(probe.norms, norms_of(twin, CRITERION, tokens, Y), rtol=1e-12, atol=0)

@@ -8,13 +8,32 @@ from typing import Any
 
 import pytest
 import torch
-from per_sample import F, Function, M, agree, case_table, images, jacobians, sequences, vectors
+from per_sample import (
+    F,
+    Function,
+    M,
+    agree,
+    case_table,
+    images,
+    jacobians,
+    sequences,
+    tokens,
+    vectors,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from conjopt.measure import per_sample_gradient_norms
+from conjopt.measure import (
+    curvature_along,
+    gradient_noise,
+    per_sample_gradient_norms,
+    self_check,
+    structure_matrix,
+    top_curvature,
+)
 from conjopt.measure.layers.pieces import squared_norms
 from conjopt.measure.layers.tape import Tape
+from conjopt.potentials import Softmax
 
 case, CASES = case_table()
 refuse, REFUSED = case_table()
@@ -620,6 +639,86 @@ def test_compiled_model_is_measured_plain():
         nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2)), backend="eager"
     )
     agree(model, vectors())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["part", "in place", "function"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_parts_are_measured_uncompiled(how: str):
+    torch.compiler.reset()
+    compilations = []
+
+    def backend(graph: Any, examples: Any) -> Any:
+        compilations.append(graph)
+        return graph.forward
+
+    layers = nn.Linear(4, 8), nn.Linear(8, 2)
+    part = Function(lambda self, h: self.m[1](self.m[0](h).tanh()), *layers)
+    model = nn.Sequential(nn.Linear(6, 4), part).double()
+    twin, x, y = copy.deepcopy(model), vectors().double(), torch.tensor([0, 1, 1, 0, 1])
+    if how == "part":
+        model[1] = torch.compile(part, backend=backend)
+    elif how == "in place":
+        part.compile(backend=backend)
+    else:
+        compiled = torch.compile(lambda h, w, b: torch.tanh(h @ w.mT + b), backend=backend)
+        called = lambda self, h: self.m[1](compiled(h, *self.m[0].parameters()))  # noqa: E731
+        model[1] = Function(called, *layers)
+    loss = nn.CrossEntropyLoss()
+    model(x)
+    before = len(compilations)
+    assert before
+    for measured in (
+        lambda model: per_sample_gradient_norms(model, loss, x, y),
+        lambda model: structure_matrix(model, x),
+        lambda model: gradient_noise(model, loss, x, y).noise,
+        lambda model: top_curvature(model, Softmax(), x).value,
+    ):
+        assert torch.allclose(measured(model), measured(twin), rtol=1e-12, atol=0)
+    assert len(compilations) == before
+    model(x)
+    assert len(compilations) == before  # and it is still compiled
+    torch.compiler.reset()
+
+
+def table_of(kind: type) -> nn.Module:
+    def forward(self: Any, t: Tensor) -> Tensor:
+        h = self.m[0](t) if kind is nn.EmbeddingBag else self.m[0](t).mean(1)
+        return self.m[1](torch.tanh(h))
+
+    model = Function(forward, kind(7, 4, max_norm=0.5), nn.Linear(4, 3)).double()
+    with torch.no_grad():
+        model.m[0].weight.mul_(3)
+    return model
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_renormalised_tables_stay_as_they_are(kind: type):
+    """A forward writes to a table with a max_norm; a measurement is not to."""
+    model, x, y = table_of(kind), tokens(4), torch.tensor([0, 1, 2, 0, 1])
+    once = copy.deepcopy(model)
+    once(x)  # as a training step does first
+    assert not torch.equal(once.m[0].weight, model.m[0].weight)
+    loss, kept = nn.CrossEntropyLoss(), copy.deepcopy(model)
+    u = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    for measured in (
+        lambda model: per_sample_gradient_norms(model, loss, x, y),
+        lambda model: structure_matrix(model, x),
+        lambda model: gradient_noise(model, loss, x, y).noise,
+        lambda model: top_curvature(model, Softmax(), x).value,
+        lambda model: curvature_along(model, Softmax(), x, u),
+        lambda model: self_check(model, loss, x, y),
+    ):
+        found = measured(model)
+        for mine, other in zip(model.parameters(), kept.parameters()):
+            assert torch.equal(mine, other)
+            assert mine.grad is None
+        # By differences, the curvature in a bag is that of what renormalises, too.
+        if found is not None and (found.ndim or kind is nn.Embedding):
+            assert torch.allclose(found, measured(once), rtol=1e-6, atol=0)  # norms + 1e-7
+    expected = reference(once, loss, x, y)
+    found = per_sample_gradient_norms(model, loss, x, y)
+    assert torch.allclose(found, expected, rtol=1e-6, atol=0)
 
 
 def test_inputs_without_samples_or_several_outputs():

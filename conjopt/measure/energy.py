@@ -23,7 +23,7 @@ from conjopt.measure.layers.tape import (
     through,
 )
 from conjopt.measure.layers.uses import Recorder, Use
-from conjopt.measure.replay import REPLAYING
+from conjopt.measure.replay import REPLAYING, compiled_parts
 
 __all__ = ["EnergyProbe", "gradient_energy", "per_sample_gradient_norms"]
 
@@ -143,7 +143,8 @@ class EnergyProbe:
         ValueError: For a share or a number out of range.
         MeasurementError: In the first forward of a kind, if the model cannot be measured; two
             samples are then compared with plain autograd.
-        RuntimeError: In a forward, if samples meet in front of the outputs.
+        RuntimeError: In a forward, if samples meet in front of the outputs, or if the model or a
+            part of it is compiled.
 
     Reference:
         docs/theory.md, section 0.
@@ -204,6 +205,7 @@ class EnergyProbe:
             return None
         kind = (str(names), *((t.shape[1:], t.ndim and t.shape[0] == samples) for t in tensors))
         if kind not in self._known:
+            _refuse_compiled(model)
             _check(model, Arguments(args, kwargs), None, None, "EnergyProbe")
             self._known[kind] = places_of_inputs(model, args, kwargs, samples)
         return _Live(model, tensors, self._known[kind], samples, self._stride, self._store)
@@ -218,6 +220,17 @@ class EnergyProbe:
 
     def _store(self, norms: Tensor) -> None:
         self.norms = norms
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    if parts := compiled_parts(model):
+        what = ", ".join(repr(name) if name else "the model itself" for name in parts)
+        raise RuntimeError(
+            f"EnergyProbe: {what} of {type(model).__name__} is compiled, and what is compiled "
+            "cannot be watched and give the same gradients to the bit. Call "
+            "per_sample_gradient_norms or gradient_energy instead (they run the model once more, "
+            "uncompiled), or train without torch.compile while you measure."
+        )
 
 
 class _Live(Recorder):

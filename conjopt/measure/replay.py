@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["RandomState", "Replay", "refuse_reentrant"]
+__all__ = ["RandomState", "Replay", "compiled_parts", "refuse_reentrant", "renormalised"]
 
 # Whether the model runs for a measurement, which other measurements are to leave alone.
 REPLAYING: contextvars.ContextVar[bool] = contextvars.ContextVar("REPLAYING", default=False)
@@ -27,6 +28,7 @@ class Replay:
 
     The copy of the inputs, the state of the random number generators before the forward, and
     copies of the buffers make it the same function; nothing that the model owns is written to.
+    Parts that `torch.compile` was called on run uncompiled.
 
     Attributes:
         model: the module.
@@ -69,11 +71,12 @@ class Replay:
             {device: torch.cuda.get_rng_state(device) for device in devices},
         )
 
-    def run(self, parameters: Mapping[str, Tensor]) -> list[Tensor | None]:
+    def run(self, parameters: Mapping[str, Tensor], *, copy: bool = True) -> list[Tensor | None]:
         """The output's leaves, None for those that are no floating-point tensors.
 
         Args:
             parameters: by name, what to use in place of the model's own.
+            copy: whether to copy those parameters that the forward writes to (`renormalised`).
 
         Example:
             >>> model = nn.Linear(2, 3)
@@ -87,9 +90,12 @@ class Replay:
             model = model._orig_mod
             parameters = {name.removeprefix("_orig_mod."): p for name, p in parameters.items()}
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        if copy and (written := renormalised(model)):
+            copies = {n: parameters.get(n, p).clone() for n, p in written.items()}
+            parameters = {**parameters, **copies}
         cpu, others = self.random
         devices = [device.index for device in others]
-        with self.paused(), torch.random.fork_rng(devices, enabled=True):
+        with self.paused(), _uncompiled(), torch.random.fork_rng(devices, enabled=True):
             torch.set_rng_state(cpu)
             for device, state in others.items():
                 torch.cuda.set_rng_state(state, device)
@@ -144,6 +150,46 @@ class Replay:
         ]
 
 
+def renormalised(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters that a forward writes to: tables of embeddings with a `max_norm`.
+
+    Args:
+        model: not the wrapper of torch.compile.
+
+    Returns:
+        by their names in `model.named_parameters()`.
+
+    Example:
+        >>> list(renormalised(nn.Sequential(nn.Embedding(3, 2, max_norm=1.0), nn.Linear(2, 2))))
+        ['0.weight']
+    """
+    tables = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
+    }
+    if not tables:
+        return {}
+    return {name: p for name, p in model.named_parameters() if id(p) in tables}
+
+
+def compiled_parts(model: nn.Module) -> list[str]:
+    """Names of modules that `torch.compile` or `Module.compile` was called on.
+
+    Args:
+        model: a module; its own name is the empty one.
+
+    Example:
+        >>> compiled_parts(nn.Sequential(nn.Linear(2, 2)))
+        []
+    """
+    return [
+        name.removesuffix("_orig_mod").removesuffix(".")
+        for name, module in model.named_modules()
+        if name.split(".")[-1] == "_orig_mod" or getattr(module, "_compiled_call_impl", None)
+    ]
+
+
 def refuse_reentrant(outputs: Iterable[Tensor]) -> None:
     """Refuse outputs of reentrant checkpointing, which hides parameters from all but `backward`.
 
@@ -168,6 +214,13 @@ def refuse_reentrant(outputs: Iterable[Tensor]) -> None:
             )
         seen.add(node)
         stack.extend(following for following, _ in node.next_functions)
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """A context in which compiled functions run as they were written."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and importing it takes seconds
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def _cloned(leaf: Any) -> Any:

@@ -19,7 +19,7 @@ from conjopt.measure.layers.layout import tensors as tensors_in
 from conjopt.measure.layers.pieces import BUDGET, Dense, Piece
 from conjopt.measure.layers.rules import pieces_of
 from conjopt.measure.layers.uses import Recorder, Use
-from conjopt.measure.replay import Replay, refuse_reentrant
+from conjopt.measure.replay import Replay, refuse_reentrant, renormalised
 
 __all__ = ["Arguments", "Tape", "as_arguments", "number_of_samples", "refuse_mixed"]
 
@@ -61,15 +61,18 @@ class Tape:
         args, kwargs = as_arguments(inputs)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self.samples = number_of_samples(tensors)
-        self._parameters = {
-            name: p for name, p in _plain(model).named_parameters() if p.requires_grad
+        every: dict[str, Tensor] = dict(_plain(model).named_parameters())
+        copies = {
+            name: p.detach().clone().requires_grad_(p.requires_grad)
+            for name, p in renormalised(_plain(model)).items()
         }
-        every = dict(_plain(model).named_parameters())
+        every |= copies
+        self._parameters = {name: p for name, p in every.items() if p.requires_grad}
         replay = Replay(model, args, kwargs, Replay.random_state(model))
         where = places_of_inputs(model, args, kwargs, self.samples)
         self._recorder = Recorder(every, tensors, constants_of(model), self.samples, where)
         with torch.enable_grad(), self._recorder:
-            outputs = replay.run({})
+            outputs = replay.run(copies, copy=False)
         self.outputs = [output for output in outputs if output is not None]
         refuse_reentrant(self.outputs)
         if self.samples:
