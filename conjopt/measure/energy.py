@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+from conjopt.measure.last_layer import is_empty
 from conjopt.measure.layers.layout import Samples
 from conjopt.measure.layers.pieces import Piece, squared_norms
 from conjopt.measure.layers.rules import pieces_of
@@ -24,20 +25,34 @@ from conjopt.measure.layers.tape import (
 )
 from conjopt.measure.layers.uses import Recorder, Use
 from conjopt.measure.replay import REPLAYING, compiled_parts
+from conjopt.measure.tokens import dimension_within_tokens, token_squares
 
 __all__ = ["EnergyProbe", "gradient_energy", "per_sample_gradient_norms"]
 
 
 def per_sample_gradient_norms(
-    model: nn.Module, loss: Any, inputs: Any, targets: Any, *, rows: Tensor | None = None
+    model: nn.Module,
+    loss: Any,
+    inputs: Any,
+    targets: Any,
+    *,
+    rows: Tensor | None = None,
+    unit: Literal["sample", "token"] = "sample",
 ) -> Tensor:
-    """Return `||g_i||`, the norms of the gradients of each sample's loss.
+    """Return `||g_i||`, the norms of the gradients of each sample's loss, or of each token's.
 
     `g_i` is the part of the gradient that goes through sample `i`, times the number of samples if
     the loss is a mean: then the mean of the `g_i` is the gradient. For an unweighted loss with one
     term per sample it is the gradient of the sample's own loss; with tokens, ignored targets or
     weights, the weights count. One forward and one backward of activations, and inner products in
     each layer; no gradient of a parameter is formed, and `.grad` is left alone.
+
+    With `unit="token"` each place of a sequence, or of an image, is a sample of its own: `g_{i,t}`
+    is the part of the gradient that goes through the outputs of sample `i` at place `t`, times the
+    number `m T` of all places if the loss is a mean, so that the mean of all the `g_{i,t}` is the
+    gradient. An ignored place has the norm 0. Where all places count alike it is the gradient of
+    the token's own loss; with `c` of them counted, multiply by `c / (m T)` to have that. A token's
+    gradient may pass through other places, so each place takes a backward of activations.
 
     The model runs in the mode it is in, on copies of its buffers, and draws from the random number
     generators without moving them. At the first use for a model and a kind of inputs two samples
@@ -50,16 +65,20 @@ def per_sample_gradient_norms(
         inputs: Of the model, a tensor, or a tuple or a dict of its arguments.
         targets: Of the loss.
         rows: Numbers of the samples to measure; all if `None`.
+        unit: `"sample"`, or `"token"`: outputs are then `(m, C, d1, ...)` for a criterion of class
+            numbers or of probabilities, as torch lays them out, and `(m, T, k)` or `(m, T)` where
+            the targets have their shape.
 
     Returns:
-        Shape `(m,)`, or one for each of the rows; units of the loss per unit of the parameters.
+        Shape `(m,)`, or one for each of the rows; units of the loss per unit of the parameters. For
+        tokens `(m, d1, ...)`, as the class numbers have, or `(m, T)`.
 
     Raises:
         MeasurementError: If the check at the first use finds anything; it lists all of it.
         RuntimeError: If samples are coupled (batch normalisation in training mode), or a parameter
             is used where it cannot be seen.
-        ValueError: If the model does not return one tensor with samples along dimension 0, or the
-            loss does not reduce.
+        ValueError: If the model does not return one tensor with samples along dimension 0, the
+            loss does not reduce, or it cannot be told what a token is.
 
     Reference:
         docs/theory.md, section 0 and Thm 2.1.
@@ -71,33 +90,54 @@ def per_sample_gradient_norms(
         >>> inputs, targets = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[1.0], [2.0]])
         >>> per_sample_gradient_norms(model, SquaredLoss(), inputs, targets)
         tensor([5., 2.])
+        >>> model = nn.Linear(2, 1, bias=False)  # at each of two places
+        >>> _ = nn.init.zeros_(model.weight)
+        >>> per_sample_gradient_norms(
+        ...     model, nn.MSELoss(), inputs.unsqueeze(0), targets.unsqueeze(0), unit="token"
+        ... )
+        tensor([[10.,  4.]])
     """
+    if unit not in ("sample", "token"):
+        raise ValueError(f"unit={unit!r}: expected 'sample' or 'token'.")
     reduction = getattr(loss, "reduction", "mean")
     if reduction == "none":
         raise ValueError(
             f"The loss {loss!r} has reduction='none', so how its terms are weighed is not known: "
             "use reduction='mean' or 'sum'."
         )
-    _check(model, inputs, loss, targets, "per_sample_gradient_norms")
+    if not is_empty(inputs):
+        _check(model, inputs, loss, targets, "per_sample_gradient_norms")
     tape = Tape(model, inputs)
     outputs = tape.only_output()
-    factor = 1 if reduction == "sum" else tape.samples
     total = outputs.new_zeros(tape.samples if rows is None else len(rows)).detach()
     with torch.enable_grad():
         value = loss(outputs, targets)
-    if not outputs.requires_grad:  # nothing is trained
-        return total
-    (cotangent,) = torch.autograd.grad(value, [outputs])
-    for _, pieces in tape.pull([outputs], [[cotangent]]):
-        chosen = pieces if rows is None else [piece.select(rows) for piece in pieces]
-        total = total + squared_norms(chosen)
-    return factor * total.sqrt()
+    within = dimension_within_tokens(loss, outputs, targets) if unit == "token" else None
+    if outputs.requires_grad:
+        (cotangent,) = torch.autograd.grad(value, [outputs])
+    else:  # nothing is trained
+        cotangent = torch.zeros_like(outputs)
+    with torch.no_grad():
+        if unit == "token":
+            total = token_squares(tape, outputs, cotangent, within, rows)
+        elif outputs.requires_grad:
+            for _, pieces in tape.pull([outputs], [[cotangent]]):
+                chosen = pieces if rows is None else [piece.select(rows) for piece in pieces]
+                total = total + squared_norms(chosen)
+    places = total[0].numel() if len(total) else 1
+    return (1 if reduction == "sum" else tape.samples * places) * total.sqrt()
 
 
 def gradient_energy(
-    model: nn.Module, loss: Any, inputs: Any, targets: Any, *, rows: Tensor | None = None
+    model: nn.Module,
+    loss: Any,
+    inputs: Any,
+    targets: Any,
+    *,
+    rows: Tensor | None = None,
+    unit: Literal["sample", "token"] = "sample",
 ) -> Tensor:
-    """Return the gradient energy `E = mean_i ||g_i||^2`.
+    """Return the gradient energy `E = mean_i ||g_i||^2`, a mean over samples or over tokens.
 
     Arguments and errors: `per_sample_gradient_norms`.
 
@@ -115,7 +155,11 @@ def gradient_energy(
         >>> gradient_energy(model, SquaredLoss(), inputs, targets)
         tensor(14.5000)
     """
-    return per_sample_gradient_norms(model, loss, inputs, targets, rows=rows).square().mean()
+    return (
+        per_sample_gradient_norms(model, loss, inputs, targets, rows=rows, unit=unit)
+        .square()
+        .mean()
+    )
 
 
 def _check(model: nn.Module, inputs: Any, loss: Any, targets: Any, name: str) -> None:

@@ -354,13 +354,17 @@ class _Batch:
 
     def _bytes(self, tape: Tape) -> int:
         """Estimate what the gradients of the layers take."""
-        elements = 0
-        for use in tape.uses:
-            elements += 2 * sum(map(math.prod, use.shapes))  # one by one, and stacked
-            if use.function not in _FACTORED:
-                elements += tape.samples * sum(weight.numel() for weight in use.weights)
-        output = tape.only_output()
-        return max(1, len(self._basis(output)) * elements * _at_least_float32(output).itemsize)
+        return max(1, len(self._basis(tape.only_output())) * bytes_by_cotangent(tape))
+
+
+def bytes_by_cotangent(tape: Tape) -> int:
+    """Estimate what the gradients of the layers take for one cotangent, at least 1."""
+    elements = 0
+    for use in tape.uses:
+        elements += 2 * sum(map(math.prod, use.shapes))  # one by one, and stacked
+        if use.function not in _FACTORED:
+            elements += tape.samples * sum(weight.numel() for weight in use.weights)
+    return max(1, elements * _at_least_float32(tape.only_output()).itemsize)
 
 
 def _at_least_float32(tensor: Tensor) -> torch.dtype:
