@@ -15,6 +15,7 @@ from conjopt.measure.noise import (
     noise_from_norms,
     noise_from_parts,
 )
+from conjopt.measure.ranks import noise_from_ranks
 from conjopt.measure.spectrum import (
     Eigenvalue,
     Ritz,
@@ -50,6 +51,7 @@ __all__ = [
     "noise_from_halves",
     "noise_from_norms",
     "noise_from_parts",
+    "noise_from_ranks",
     "per_sample_gradient_norms",
     "sample_top_eigenvalues",
     "self_check",

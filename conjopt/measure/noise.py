@@ -249,11 +249,11 @@ def noise_from_norms(
         >>> noise_from_norms(torch.tensor([2.0, 4.0]), torch.tensor(9.0), sizes=[8, 8]).noise
         tensor(16.)
     """
-    h = _checked("noise_from_norms", len(norms), sizes, population)
+    h = checked_sizes("noise_from_norms", len(norms), sizes, population)
     m, weights, squares = sum(h), _weights(h, norms), norms.square()
     between = (weights * squares).sum() - m * batch_gradient_square
     pairs = m**2 * batch_gradient_square - (weights**2 * squares).sum()
-    return _solved(pairs / _pairs(h), between / (len(h) - 1), m, population)
+    return solved(pairs / _pairs(h), between / (len(h) - 1), m, population)
 
 
 def noise_from_parts(
@@ -293,7 +293,7 @@ def noise_from_parts(
             f"noise_from_parts: got inner products of shape {tuple(inner.shape)}, expected (b, b); "
             "for gradients g of shape (b, P) pass g @ g.T"
         )
-    h = _checked("noise_from_parts", len(inner), sizes, population)
+    h = checked_sizes("noise_from_parts", len(inner), sizes, population)
     m, weights = sum(h), _weights(h, inner)
     pairs = (
         weights.unsqueeze(1)
@@ -303,12 +303,13 @@ def noise_from_parts(
     squares = inner.diagonal()
     distances = squares.unsqueeze(1) + squares - 2 * inner
     between = (pairs * distances).sum() / (2 * m)  # sum_j h_j ||g_j - g_B||^2
-    return _solved((pairs * inner).sum() / _pairs(h), between / (len(h) - 1), m, population)
+    return solved((pairs * inner).sum() / _pairs(h), between / (len(h) - 1), m, population)
 
 
-def _checked(
+def checked_sizes(
     name: str, parts: int, sizes: Sequence[int] | None, population: int | None
 ) -> list[int]:
+    """Return the sizes of the parts of a batch, or refuse them."""
     h = [1] * parts if sizes is None else [int(size) for size in sizes]
     if len(h) != parts:
         raise ValueError(f"{name}: got {parts} parts and {len(h)} sizes, expected as many")
@@ -337,7 +338,7 @@ def _pairs(h: Sequence[int]) -> int:
     return sum(h) ** 2 - sum(size**2 for size in h)
 
 
-def _solved(
+def solved(
     mean_square: Tensor, noise: Tensor, samples: int, population: int | None
 ) -> GradientNoise:
     """Correct for draws without replacement, where `E<g_j, g_l> = ||G||^2 - S^2 / (n - 1)`."""
