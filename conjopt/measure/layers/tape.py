@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -117,15 +118,23 @@ class Tape:
         edges = [edge for use in self.uses for edge in use.edges if edge is not None]
         if not edges:
             return
-        by_edge = _pulled(roots, edges, cotangents)
+        names = {id(p): name for name, p in self._parameters.items()}
+        later = Counter(id(weight) for use in self.uses for weight in use.weights)
+        shared = {id(base) for bases in self._recorder.bases.values() for base in bases}
         found: dict[int, list[Piece]] = {}
-        arriving = iter(by_edge)
+        arriving = _pulled(roots, edges, cotangents)[::-1]
         for use in self.uses:
-            mine = [None if edge is None else next(arriving) for edge in use.edges]
-            if all(cotangent is None for cotangent in mine):
-                continue
-            for weight, piece in pieces_of(use, mine):
-                found.setdefault(id(weight), []).append(piece)
+            mine = [None if edge is None else arriving.pop() for edge in use.edges]
+            if any(cotangent is not None for cotangent in mine):
+                for weight, piece in pieces_of(use, mine):
+                    found.setdefault(id(weight), []).append(piece)
+                    del piece
+            del mine
+            # What is complete is given away at once, as it may be large.
+            for i in map(id, use.weights):
+                later[i] -= 1
+                if not later[i] and i in names and i not in shared and i in found:
+                    yield names[i], found.pop(i)
         refuse_mixed(self._recorder, self.outputs)
         for made in self._recorder.made:
             for piece in found.pop(id(made), []):
