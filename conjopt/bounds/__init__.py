@@ -2,6 +2,37 @@
 
 from __future__ import annotations
 
+from conjopt.bounds.conditions import Condition
+from conjopt.bounds.convergence import ConvergenceLedger
+from conjopt.bounds.promise import Promise
+from conjopt.bounds.rates import linear_rate, one_hot_rate, pl_constant
+from conjopt.bounds.records import LedgerBound, LedgerStep
+from conjopt.bounds.steps import (
+    batch_gradient_square,
+    convergence_bound,
+    expected_decrease,
+    polyak_distance,
+    realised_curvature,
+)
 from conjopt.bounds.trainability import MeanBounds, PLBound, RiskSandwich, pl_bound, risk_sandwich
 
-__all__ = ["MeanBounds", "PLBound", "RiskSandwich", "pl_bound", "risk_sandwich"]
+__all__ = [
+    "Condition",
+    "ConvergenceLedger",
+    "LedgerBound",
+    "LedgerStep",
+    "MeanBounds",
+    "PLBound",
+    "Promise",
+    "RiskSandwich",
+    "batch_gradient_square",
+    "convergence_bound",
+    "expected_decrease",
+    "linear_rate",
+    "one_hot_rate",
+    "pl_bound",
+    "pl_constant",
+    "polyak_distance",
+    "realised_curvature",
+    "risk_sandwich",
+]

@@ -8,6 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from conjopt.bounds import polyak_distance
+from conjopt.entropy import data_floor
 from conjopt.optim.step_size import polyak_cap
 from conjopt.potentials import Logistic, Potential, Softmax, Squared
 
@@ -93,3 +95,58 @@ def test_linear_losses_attain_the_theorem():
     assert cap.item() == pytest.approx(100.0)
     at = W - cap * g
     torch.testing.assert_close(at, torch.zeros(1, 2).double(), rtol=0, atol=1e-9)
+
+
+@settings(deadline=None, max_examples=200)
+@given(problems(), st.sampled_from([0.1, 1.0, 1.9]), st.sampled_from([0.0, 0.1, 1.0]))
+def test_the_bound_on_the_distance_covers_the_step(problem: Problem, s: float, below: float):
+    R, least = problem.risk(problem.W).item(), problem.risk(problem.best).item()
+    g = problem.gradient(problem.W)
+    squared = g.square().sum().item()
+    assume(squared > 1e-9 and least < R)
+    before = (problem.W - problem.best).square().sum().item()
+    bound = polyak_distance(before, R - least, R - least + below, squared, s)
+    a = s * (R - least + below) / squared
+    after = (problem.W - a * g - problem.best).square().sum().item()
+    f = (problem.x @ problem.W).abs().max().item()
+    rounding = EPS * (before + after + (1 + R + f) * (R - least + below) / squared)
+    assert after <= bound + 64 * rounding
+
+
+def test_the_floor_of_the_data_serves_contradicting_labels():
+    # Equal inputs with different labels: the greatest floor for every function of x, reached here.
+    x = torch.eye(3).double().repeat_interleave(4, 0)
+    y = torch.tensor([0, 0, 0, 1, 1, 1, 0, 0, 1, 0, 1, 1])
+    points = nn.functional.one_hot(y, 2).double()
+    floor = float(data_floor(x, points, Softmax()))
+    shares = points.reshape(3, 4, 2).mean(1)
+    best = shares.log() - shares.log().mean(1, keepdim=True)  # the minimizer nearest to 0
+    problem = Problem(Softmax(), x, points, torch.zeros(3, 2).double(), best)
+    assert floor > 0
+    assert problem.risk(problem.best).item() == pytest.approx(floor, rel=1e-12)
+    while (excess := problem.risk(problem.W).item() - floor) > 1e-10:
+        g = problem.gradient(problem.W)
+        squared = g.square().sum().item()
+        before = (problem.W - problem.best).square().sum().item()
+        bound = polyak_distance(before, excess, excess, squared)
+        problem.W = problem.W - excess / squared * g
+        after = (problem.W - problem.best).square().sum().item()
+        assert after <= bound + 1e-12
+        assert bound < before
+    assert (problem.W - problem.best).norm() < 1e-3
+
+
+def test_refused_where_the_theorem_does_not_hold():
+    for excess, over_floor in ((1.0, 0.5), (-0.1, 1.0), (float("nan"), 1.0)):
+        with pytest.raises(ValueError, match="a floor above the minimum"):
+            polyak_distance(1.0, excess, over_floor, 1.0)
+    for square, s in ((0.0, 1.0), (1.0, 0.0)):
+        with pytest.raises(ValueError, match="no Polyak step"):
+            polyak_distance(1.0, 1.0, 1.0, square, s)
+
+
+def test_a_floor_above_the_minimum_can_lead_away():
+    # Why it is refused: R = theta^2 / 2 at 1 and a floor above the risk; the step ascends.
+    theta, floor = 1.0, 0.75
+    a = (theta**2 / 2 - floor) / theta**2
+    assert abs(theta - a * theta) > theta
