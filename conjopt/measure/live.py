@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from conjopt.measure.layers.layout import Samples
-from conjopt.measure.layers.pieces import Piece, norms_and_sum, squared_norms, sum_of
+from conjopt.measure.layers.pieces import SLAB, Piece, norms_and_sum, squared_norms, sum_of
 from conjopt.measure.layers.rules import pieces_of
 from conjopt.measure.layers.tape import constants_of, through
 from conjopt.measure.layers.uses import Recorder, Use
@@ -32,7 +33,6 @@ _CONVOLUTIONS = frozenset(
 )
 # They keep what they were given for the backward, so that it cannot run twice unless told to.
 _KEEPING = _CONVOLUTIONS | {F.linear}
-_CHUNK = 2**19  # elements of the per-sample gradients of one weight that are held at once
 
 
 class Live(Recorder):
@@ -88,7 +88,15 @@ class Live(Recorder):
         bare = [a.detach() if id(a) in known else a for a in args]
         named = {name: a.detach() if id(a) in known else a for name, a in kwargs.items()}
         joint = _Joint(self, function, args, kwargs, list({id(w): w for w in weights}.values()))
-        result = _Join.apply(joint, function(*bare, **named), *joint.weights)
+        result = function(*bare, **named)
+        # A linear layer on sequences returns a view, and to join that would copy its gradient.
+        whole = result if result._base is None else result._base
+        if whole.numel() != result.numel() or not (
+            whole.is_contiguous() and result.is_contiguous()
+        ):
+            whole = result = result.clone()
+        joined = _Join.apply(joint, whole, *joint.weights)
+        result = joined if whole is result else joined.view(result.shape)
         self._joints[id(result)] = joint
         return result
 
@@ -113,7 +121,7 @@ class Live(Recorder):
     def joined(self, use: Use, gradient: Tensor) -> dict[int, Tensor]:
         """Measure, and return the sums of the per-sample gradients by the `id` of the weight."""
         sums: dict[int, Tensor] = {}
-        self._measure(use, [gradient], sums)
+        self._measure(use, [gradient.reshape(use.shapes[0])], sums)
         return sums
 
     def _arrived(self, held: list[Use], places: list[int], gradients: Any) -> None:
@@ -163,7 +171,8 @@ class Live(Recorder):
         rows = -(-self.samples // self._stride)
         few = rows
         if use.function in _CONVOLUTIONS and not use.whole and all(map(self._alone, use.weights)):
-            few = max(1, _CHUNK // max(1, *(weight.numel() for weight in use.weights)))
+            few = max(1, SLAB // max(1, *(weight.numel() for weight in use.weights)))
+            few = math.ceil(rows / math.ceil(rows / few))  # equal parts
         if few >= rows:
             yield slice(None, None, self._stride)
             return
@@ -221,9 +230,9 @@ class _Joint:
         with torch.enable_grad():
             bare = {id(w): w.detach().requires_grad_() for w in self.weights}
             args, kwargs = tree_map(lambda a: bare.get(id(a), a), (self.args, self.kwargs))
-            return list(
-                torch.autograd.grad(self.function(*args, **kwargs), list(bare.values()), gradient)
-            )
+            result = self.function(*args, **kwargs)
+            gradient = gradient.reshape(result.shape)
+            return list(torch.autograd.grad(result, list(bare.values()), gradient))
 
 
 class _Join(torch.autograd.Function):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -28,7 +29,7 @@ __all__ = [
 ]
 
 BUDGET = 2**25  # elements of an intermediate result
-SLAB = 2**19  # elements of one that is better small, to stay in a cache
+SLAB = 2**18  # elements of one that is better small, to stay in a cache
 
 
 class Piece(abc.ABC):
@@ -218,7 +219,7 @@ def norms_and_sum(piece: Piece) -> tuple[Tensor, Tensor]:
     t = left.shape[2]
     if t == 1 or t * t * (q + p) < 16 * q * p:  # about where it pays on a CPU
         return squared_norms([piece]), sum_of(piece)
-    few = max(1, SLAB // (g * q * p))
+    few = math.ceil(m / math.ceil(m * g * q * p / SLAB))
     norms, total = [], left.new_zeros(g, q, p)
     for start in range(0, m, few):
         slab = left[start : start + few].mT @ right[start : start + few]
