@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -12,18 +11,15 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from conjopt.measure.last_layer import is_empty
 from conjopt.measure.layers.layout import Samples
-from conjopt.measure.layers.pieces import Piece, squared_norms
-from conjopt.measure.layers.rules import pieces_of
+from conjopt.measure.layers.pieces import squared_norms
 from conjopt.measure.layers.tape import (
     Arguments,
     Tape,
-    constants_of,
     number_of_samples,
     places_of_inputs,
     refuse_mixed,
-    through,
 )
-from conjopt.measure.layers.uses import Recorder, Use
+from conjopt.measure.live import Live
 from conjopt.measure.replay import REPLAYING, compiled_parts
 from conjopt.measure.tokens import dimension_within_tokens, token_squares
 
@@ -171,7 +167,7 @@ def _check(model: nn.Module, inputs: Any, loss: Any, targets: Any, name: str) ->
 class EnergyProbe:
     """Per-sample gradient norms during the ordinary forward and backward of a training loop.
 
-    The loop stays as it is, and `.grad` is the same to the bit. Norms are those of
+    The loop stays as it is, and `.grad` is the same to the bit unless `fused`. Norms are those of
     `per_sample_gradient_norms` for what is differentiated, a mean over the samples: multiply them
     by whatever else multiplies the loss (accumulation), or divide by it (loss scale).
 
@@ -179,12 +175,15 @@ class EnergyProbe:
         model: The module whose forward is watched.
         share: Share of the samples to measure, in (0, 1]: every `round(1 / share)`-th.
         every: Measure every so many forwards with gradients, from the first on.
+        fused: Take the gradients of the weights of convolutions, and of linear layers on sequences,
+            as the sum of the per-sample ones, instead of computing both: cheaper, with `.grad`
+            equal to rounding only, and without gradients of gradients. Needs all samples.
 
     Attributes:
         norms: Of the last measured backward, `(r,)` for its `r` rows; `None` before.
 
     Raises:
-        ValueError: For a share or a number out of range.
+        ValueError: For a share or a number out of range, or a share with `fused`.
         MeasurementError: In the first forward of a kind, if the model cannot be measured; two
             samples are then compared with plain autograd.
         RuntimeError: In a forward, if samples meet in front of the outputs, or if the model or a
@@ -204,15 +203,23 @@ class EnergyProbe:
         >>> probe.remove()
     """
 
-    def __init__(self, model: nn.Module, *, share: float = 1.0, every: int = 1) -> None:
+    def __init__(
+        self, model: nn.Module, *, share: float = 1.0, every: int = 1, fused: bool = False
+    ) -> None:
         if not 0 < share <= 1:
             raise ValueError(f"share={share}: expected a number in (0, 1].")
         if every < 1:
             raise ValueError(f"every={every}: expected a number of forwards, at least 1.")
+        if fused and round(1 / share) > 1:
+            raise ValueError(
+                f"share={share} with fused=True: a sum over all samples was asked for, and only "
+                "some of them. Leave one of the two out."
+            )
         self.norms: Tensor | None = None
+        self._fused = fused
         self._stride, self._every, self._forwards = round(1 / share), every, 0
         self._model = weakref.ref(model)
-        self._live: _Live | None = None
+        self._live: Live | None = None
         self._known: dict[Any, list[Samples | None]] = {}  # where inputs of a kind have samples
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
@@ -241,7 +248,7 @@ class EnergyProbe:
         if self._live is not None:
             self._live.__enter__()
 
-    def _prepare(self, model: nn.Module, args: Any, kwargs: Any) -> _Live | None:
+    def _prepare(self, model: nn.Module, args: Any, kwargs: Any) -> Live | None:
         leaves, names = tree_flatten((args, kwargs))
         tensors = [t for t in leaves if isinstance(t, Tensor)]
         samples = number_of_samples(tensors)
@@ -252,7 +259,8 @@ class EnergyProbe:
             _refuse_compiled(model)
             _check(model, Arguments(args, kwargs), None, None, "EnergyProbe")
             self._known[kind] = places_of_inputs(model, args, kwargs, samples)
-        return _Live(model, tensors, self._known[kind], samples, self._stride, self._store)
+        options = (samples, self._stride, self._fused, self._store)
+        return Live(model, tensors, self._known[kind], *options)
 
     def _after(self, model: nn.Module, args: Any, output: Any) -> None:
         if REPLAYING.get():
@@ -275,72 +283,3 @@ def _refuse_compiled(model: nn.Module) -> None:
             "per_sample_gradient_norms or gradient_energy instead (they run the model once more, "
             "uncompiled), or train without torch.compile while you measure."
         )
-
-
-class _Live(Recorder):
-    """Records one forward, and measures while its backward passes by."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        inputs: list[Tensor],
-        places: list[Samples | None],
-        samples: int,
-        stride: int,
-        store: Callable[[Tensor], None],
-    ) -> None:
-        parameters = dict(model.named_parameters())
-        super().__init__(parameters, inputs, constants_of(model), samples, places)
-        self._stride, self._store = min(stride, samples), store
-        self._counts: dict[int, int] = {}
-        self._kept: dict[int, list[Piece]] = {}
-        self._total: Tensor | None = None
-
-    def used(self, use: Use, results: list[Tensor]) -> None:
-        """Hook on a use's results, to measure when their gradients arrive."""
-        for weight in use.weights:
-            self._counts[id(weight)] = self._counts.get(id(weight), 0) + 1
-        live = [t for t in results if t.requires_grad]
-        places = [i for i, t in enumerate(results) if t.requires_grad]
-        if len(live) == 1:
-            live[0].register_hook(lambda gradient: self._arrived(use, places, [gradient]))
-        else:
-            torch.autograd.graph.register_multi_grad_hook(
-                live, lambda gradients: self._arrived(use, places, gradients)
-            )
-
-    def _arrived(self, use: Use, places: list[int], gradients: Any) -> None:
-        if self._total is None and not self._kept:
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
-        cotangents: list[Tensor | None] = [None] * len(use.shapes)
-        for place, gradient in zip(places, gradients, strict=True):
-            cotangents[place] = None if gradient is None else gradient.detach()
-        with torch.no_grad():
-            part, mine = use.every(self._stride, cotangents)
-            for weight, piece in pieces_of(part, [None if c is None else c[None] for c in mine]):
-                self._add(weight, piece)
-
-    def _add(self, weight: Tensor, piece: Piece) -> None:
-        bases = self.bases.get(id(weight))
-        if bases is not None:
-            with torch.enable_grad():
-                found = list(through(weight, bases, piece))
-            for base, dense in found:
-                self._kept.setdefault(id(base), []).append(dense)
-        elif self._counts[id(weight)] > 1 or self._is_base(weight):
-            self._kept.setdefault(id(weight), []).append(piece)
-        else:
-            norms = squared_norms([piece])
-            self._total = norms if self._total is None else self._total + norms
-
-    def _is_base(self, weight: Tensor) -> bool:
-        return any(weight is base for bases in self.bases.values() for base in bases)
-
-    def _finish(self) -> None:
-        with torch.no_grad():
-            for pieces in self._kept.values():
-                norms = squared_norms(pieces)
-                self._total = norms if self._total is None else self._total + norms
-        if self._total is not None:
-            self._store(self.samples * self._total.sqrt())
-        self._total, self._kept = None, {}

@@ -1,10 +1,11 @@
 """Time and memory of gradient energy and structure matrices, as ratios to a forward and backward.
 
-Plain steps, probed steps and peers take turns in one process on one model and batch; a ratio is
-taken within each turn, and its median over the turns is reported with quartiles. Seconds are those
-of the process's CPU on one thread, and freed memory stays with the process, as in loss_time.py.
-Memory is the most that tensors hold at once beyond parameters and inputs. Peers that are not
-installed (`pip install backpack-for-pytorch opacus`) are left out.
+Plain steps, probed steps and peers, each on its own copy of a model, take turns in one process on
+one batch; a probe watches its copy all along. A ratio is taken within each turn, and its median
+over the turns is reported with quartiles. Seconds are those of the process's CPU on one thread, and
+freed memory stays with the process, as in loss_time.py. Memory is the most that tensors hold at
+once beyond parameters and inputs. Peers that are not installed
+(`pip install backpack-for-pytorch opacus`) are left out.
 
     python tests/benchmarks/measuring.py [--turns 15] [--out FILE]
 """
@@ -133,15 +134,16 @@ def ways(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[], Tenso
     """What is compared; each runs a step and returns the energy. The first is the unit."""
     criterion = nn.CrossEntropyLoss()
 
-    def step() -> None:
+    def step(model: nn.Module = model) -> None:
         model.zero_grad()
         criterion(model(x), y).backward()
 
     def probed(**options: float) -> Callable[[], Tensor | None]:
+        watched = copy.deepcopy(model)
+        probe = EnergyProbe(watched, **options)  # type: ignore[arg-type]
+
         def run() -> Tensor | None:
-            probe = EnergyProbe(model, **options)  # type: ignore[arg-type]
-            step()
-            probe.remove()
+            step(watched)
             return probe.energy
 
         return run
@@ -149,6 +151,7 @@ def ways(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[], Tenso
     return {
         "plain": step,
         "probe, all rows": probed(),
+        "probe, all rows, fused": probed(fused=True),
         "probe, a quarter of the rows": probed(share=0.25),
         **peers(model, x, y),
     }

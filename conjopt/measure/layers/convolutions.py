@@ -79,6 +79,8 @@ def _convolve(
             product = left.flatten(2, 3) @ seen  # (m, g, k q, t) @ (m, g, t, p)
             product = product.unflatten(2, (len(b), -1)).permute(2, 0, 1, 3, 4)
             return [*found, flat(weight, product)]
+        if len(b) == 1 and not options[3] and _narrow(b, weight, groups):
+            return [*found, flat(weight, _by_rows(x, b[0], weight, options)[None])]
         wide = weight.new_empty(1).expand(m * weight.shape[0], *weight.shape[1:])
         inputs = x.reshape(1, -1, *x.shape[2:])
         gradients = [
@@ -115,6 +117,50 @@ def _one_product(b: Tensor, weight: Tensor, groups: int) -> bool:
     blocked = weight.shape[1] % 8 == 0 and (weight.shape[0] // groups) % 8 == 0
     many = math.prod(b.shape[3:]) >= 128 and math.prod(weight.shape[2:]) > 1
     return weight.ndim < 5 and (b.is_cuda or not (blocked and many))
+
+
+def _narrow(b: Tensor, weight: Tensor, groups: int) -> bool:
+    """Whether a CPU has no fast kernel for a convolution with each sample as a group."""
+    blocked = weight.shape[1] % 8 == 0 and (weight.shape[0] // groups) % 8 == 0
+    return weight.ndim < 5 and not b.is_cuda and not blocked
+
+
+def _by_rows(x: Tensor, b: Tensor, weight: Tensor, options: tuple[Any, ...]) -> Tensor:
+    """Return weight gradients, `(m, *shape)`, by one matrix product for each row of the kernel.
+
+    Only the columns of the kernel are unfolded. What a row of it sees is then one contiguous range,
+    as long as rows that are a stride apart lie next to each other.
+    """
+    stride, padding, dilation, _, _, groups = options
+    if weight.ndim == 3:
+        x, b, shape = x.unsqueeze(2), b.unsqueeze(2), (1, *weight.shape[2:])
+        stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
+    else:
+        shape = tuple(weight.shape[2:])
+    (high, wide), (down, _), (step, side) = b.shape[2:], stride, dilation
+    blocks = high + (shape[0] - 1) * step // down
+    below = blocks * down - x.shape[2] - padding[0]  # negative where rows are left over
+    span = (wide - 1) * stride[1] + (shape[1] - 1) * side + 1
+    right = span - x.shape[3] - padding[1]
+    padded = F.pad(x, (padding[1], right, padding[0], below))
+    m, channels, _, _ = padded.shape
+    _, by_channel, by_row, by_column = padded.stride()
+    seen = padded.as_strided(
+        (m, channels, shape[1], down, blocks, wide),
+        (
+            padded.stride(0), by_channel, side * by_column,
+            by_row, down * by_row, stride[1] * by_column,
+        ),
+    ).contiguous()  # fmt: skip
+    seen = seen.unflatten(1, (groups, -1)).flatten(5)  # (m, g, c, columns, stride, places)
+    left = b.flatten(2).unflatten(1, (groups, -1)).mT  # (m, g, places, q)
+    rows = []
+    for i in range(shape[0]):
+        block, place = divmod(i * step, down)
+        part = seen[..., place, block * wide : (block + high) * wide].flatten(2, 3)
+        rows.append(part @ left)  # (m, g, c columns, q)
+    found = torch.stack(rows, 3).unflatten(2, (-1, shape[1]))  # (m, g, c, columns, rows, q)
+    return found.permute(0, 1, 5, 2, 4, 3).reshape(m, *weight.shape)
 
 
 def _unfold(

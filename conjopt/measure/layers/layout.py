@@ -47,6 +47,8 @@ class Samples(NamedTuple):
         """Return `(*lead, m, ...)`, where dimension `dim` keeps the places, at least one."""
         dim = self.dim + lead
         inner = tensor.shape[dim] // (self.outer * samples)
+        if self == (0, 1):
+            return tensor.unflatten(dim, (samples, inner))
         parts = tensor.unflatten(dim, (self.outer, samples, inner)).movedim(dim + 1, lead)
         return parts.flatten(dim + 1, dim + 2)
 
@@ -56,11 +58,13 @@ class Samples(NamedTuple):
         parts = tensor.unflatten(self.dim, (self.outer, samples, inner))
         return parts.select(self.dim + 1, number)
 
-    def every(self, tensor: Tensor, samples: int, stride: int) -> Tensor:
-        """Return every so many samples, arranged as before."""
+    def take(self, tensor: Tensor, samples: int, rows: slice) -> Tensor:
+        """Return a range of the samples, arranged as before."""
         inner = tensor.shape[self.dim] // (self.outer * samples)
+        if self.outer == inner == 1:
+            return tensor[(slice(None),) * self.dim + (rows,)]
         parts = tensor.unflatten(self.dim, (self.outer, samples, inner))
-        kept = parts[(slice(None),) * (self.dim + 1) + (slice(None, None, stride),)]
+        kept = parts[(slice(None),) * (self.dim + 1) + (rows,)]
         return kept.flatten(self.dim, self.dim + 2)
 
 

@@ -10,14 +10,26 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["Dense", "Lookup", "Outer", "Piece", "batch_gram", "sample_gram", "squared_norms"]
+__all__ = [
+    "Dense",
+    "Lookup",
+    "Outer",
+    "Piece",
+    "batch_gram",
+    "norms_and_sum",
+    "sample_gram",
+    "squared_norms",
+    "sum_of",
+]
 
 BUDGET = 2**25  # elements of an intermediate result
+SLAB = 2**18  # elements of one that is better small, to stay in a cache
 
 
 class Piece(abc.ABC):
@@ -169,7 +181,8 @@ def squared_norms(pieces: Sequence[Piece]) -> Tensor:
     left, right = piece.left[0], piece.right[0]  # (m, g, t, q), (m, g, t, p)
     t, q, p = left.shape[2], left.shape[3], right.shape[3]
     if t == 1:
-        return (left.square().sum((2, 3)) * right.square().sum((2, 3))).sum(1)
+        norms = [torch.linalg.vector_norm(side, dim=(2, 3)) for side in (left, right)]
+        return (norms[0] * norms[1]).square().sum(1)
     if t * (q + p) <= 1.2 * q * p:  # about where it pays on a CPU
         return ((left @ left.mT) * (right @ right.mT)).sum((1, 2, 3))
     total: Tensor | int = 0
@@ -177,6 +190,42 @@ def squared_norms(pieces: Sequence[Piece]) -> Tensor:
         total = total + torch.linalg.vector_norm(slab[0].flatten(1), dim=1).square()
     assert isinstance(total, Tensor)
     return total
+
+
+def sum_of(piece: Piece) -> Tensor:
+    """Return the sum over samples of gradients for one cotangent, `(g, q, p)`.
+
+    Args:
+        piece: With `k = 1`.
+    """
+    if isinstance(piece, Outer):
+        left, right = (
+            side[0].transpose(0, 1).flatten(1, 2) for side in (piece.left, piece.right)
+        )  # (g, m t, coordinates)
+        return left.mT @ right
+    return piece.slab(0, piece.sizes[3])[0].sum(0)
+
+
+def norms_and_sum(piece: Piece) -> tuple[Tensor, Tensor]:
+    """Return `squared_norms` and `sum_of`, at less than the cost of both.
+
+    Args:
+        piece: With `k = 1`.
+    """
+    _, m, g, q, p = piece.sizes
+    if not isinstance(piece, Outer) or m == 0:
+        return squared_norms([piece]), sum_of(piece)
+    left, right = piece.left[0], piece.right[0]  # (m, g, t, q), (m, g, t, p)
+    t = left.shape[2]
+    if t == 1 or t * t * (q + p) < 16 * q * p:  # about where it pays on a CPU
+        return squared_norms([piece]), sum_of(piece)
+    few = math.ceil(m / math.ceil(m * g * q * p / SLAB))
+    norms, total = [], left.new_zeros(g, q, p)
+    for start in range(0, m, few):
+        slab = left[start : start + few].mT @ right[start : start + few]
+        norms.append(torch.linalg.vector_norm(slab.flatten(1), dim=1))
+        total += slab.sum(0)
+    return torch.cat(norms).square(), total
 
 
 def sample_gram(pieces: Sequence[Piece]) -> Tensor:
@@ -234,6 +283,8 @@ def batch_gram(pieces: Sequence[Piece]) -> Tensor:
 
 def _merged(pieces: Sequence[Piece]) -> list[Piece]:
     """Join pieces of one kind: sums of outer products by their places, dense ones by addition."""
+    if len(pieces) == 1:
+        return list(pieces)
     outers = [piece for piece in pieces if isinstance(piece, Outer)]
     tables = [piece for piece in pieces if isinstance(piece, Lookup)]
     dense = [piece for piece in pieces if isinstance(piece, Dense)]

@@ -121,7 +121,7 @@ def _linear(use: Use, cotangents: Cotangents) -> Found | None:
     if use.is_weight(weight):
         found.append((weight, Outer(left.unsqueeze(2), right[None, :, None])))
     if bias is not None and use.is_weight(bias):
-        found.append(flat(bias, left.sum(2)))
+        found.append(flat(bias, left.sum(2) if left.shape[2] > 1 else left))
     return found
 
 

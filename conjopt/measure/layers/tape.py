@@ -294,8 +294,13 @@ def number_of_samples(tensors: Sequence[Tensor]) -> int:
 
 def constants_of(model: nn.Module) -> list[Tensor]:
     """Return the tensors that a model keeps without training them: buffers and attributes."""
-    attributes = (value for module in model.modules() for value in vars(module).values())
-    return [*model.buffers(), *(value for value in attributes if isinstance(value, Tensor))]
+    return [
+        value
+        for module in model.modules()
+        for values in (module._buffers, vars(module))
+        for value in values.values()
+        if isinstance(value, Tensor)
+    ]
 
 
 def places_of_inputs(

@@ -82,37 +82,49 @@ class Use:
         self, stride: int, cotangents: Sequence[Tensor | None]
     ) -> tuple[Use, list[Tensor | None]]:
         """Return the use of every so many samples, and its cotangents, `(*shape)` each."""
-        if stride == 1:
+        return self.take(slice(None, None, stride), cotangents)
+
+    def take(
+        self, rows: slice, cotangents: Sequence[Tensor | None]
+    ) -> tuple[Use, list[Tensor | None]]:
+        """Return the use of a range of samples, and its cotangents, `(*shape)` each.
+
+        Where a call cannot be made for some samples alone, the range has to be every so many.
+        """
+        chosen = range(self.samples)[rows]
+        if len(chosen) == self.samples:
             return self, list(cotangents)
         if self.whole:
-            return dataclasses.replace(self, stride=stride), list(cotangents)
+            return dataclasses.replace(self, stride=chosen.step), list(cotangents)
         where: dict[int, Samples | None] = {}
-
-        def part(value: Any) -> Any:
-            if isinstance(value, tuple | list):
-                return type(value)(part(item) for item in value)
-            at = self.at(value)
-            if not isinstance(value, Tensor) or at in (None, LOST):
-                return value
-            fewer = at.every(value, self.samples, stride)
-            where[id(fewer)] = at
-            return fewer
-
+        few = len(chosen)
         fewer = dataclasses.replace(
             self,
-            args=part(self.args),
-            kwargs={name: part(value) for name, value in self.kwargs.items()},
+            args=self._part(self.args, rows, where),
+            kwargs={name: self._part(a, rows, where) for name, a in self.kwargs.items()},
             shapes=[
-                at.every(torch.empty(shape, device="meta"), self.samples, stride).shape
-                if at and at.dim >= 0
-                else shape
+                torch.Size(
+                    size // self.samples * few if at and i == at.dim else size
+                    for i, size in enumerate(shape)
+                )
                 for shape, at in zip(self.shapes, self.places, strict=True)
             ],
-            samples=-(-self.samples // stride),
+            samples=few,
             versions=[],
             where=where,
         )
         return fewer, [
-            None if c is None else at.every(c, self.samples, stride) if at and at.dim >= 0 else c
+            None if c is None else at.take(c, self.samples, rows) if at and at.dim >= 0 else c
             for c, at in zip(cotangents, self.places, strict=True)
         ]
+
+    def _part(self, value: Any, rows: slice, where: dict[int, Samples | None]) -> Any:
+        """Take samples of an argument, and note where they are."""
+        if isinstance(value, tuple | list):
+            return type(value)(self._part(item, rows, where) for item in value)
+        at = self.at(value)
+        if not isinstance(value, Tensor) or at is None or at is LOST:
+            return value
+        fewer = at.take(value, self.samples, rows)
+        where[id(fewer)] = at
+        return fewer

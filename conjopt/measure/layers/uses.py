@@ -85,7 +85,7 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.samples == 0:
             return function(*args, **kwargs)
-        given = list(tensors((args, kwargs)))
+        given = _given(args, kwargs)
         weights = [tensor for tensor in given if id(tensor) in self._weights]
         assigns = function is Tensor.__setitem__
         if weights and (assigns or _writes(function)) and torch.is_grad_enabled():
@@ -98,20 +98,34 @@ class Recorder(TorchFunctionMode):
                 self._put(before, self.where(target))
             result = function(*args, **kwargs)
             plain = _assigned if assigns else getattr(Tensor, plain_name(function), function)
-            self._note(plain, (before, *args[1:]), kwargs, weights, [target])
+            args = (before, *args[1:])
+            self._note(plain, args, kwargs, weights, [target], _given(args, kwargs))
             return result
         held = self.where(args[0]) if assigns else None
-        result = function(*args, **kwargs)
+        result = self.call(function, args, kwargs, weights)
+        if type(result) is torch.Size:
+            return result
         if weights and type(result) is tuple and torch.is_grad_enabled():
             # One may be computed from another: gradients have to arrive at each from outside.
             result = tree_map(_alias, result)
         if assigns:
             self._assign(args[0], args[1], args[2], held)
         elif isinstance(result, Tensor | tuple | list):
-            self._note(function, args, kwargs, weights, list(tensors([result])))
+            results = [result] if isinstance(result, Tensor) else list(tensors(result))
+            self._note(function, args, kwargs, weights, results, given)
             if given and result is given[0] and result._base is not None:
                 self._written(result._base)
         return result
+
+    def call(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        weights: list[Tensor],
+    ) -> Any:
+        """Call a function; a subclass may take over what its backward does for weights."""
+        return function(*args, **kwargs)
 
     def where(self, tensor: Tensor) -> Samples | None:
         """Return where the samples of a tensor are, `None` if it has none."""
@@ -168,12 +182,13 @@ class Recorder(TorchFunctionMode):
         kwargs: dict[str, Any],
         weights: list[Tensor],
         results: list[Tensor],
+        every: list[Tensor],
     ) -> None:
         if not results or function is Tensor.backward:
             return
         live = [t for t in results if t.requires_grad]
         weights = list({id(w): w for w in weights}.values()) if live else []
-        given = {id(t): t for t in tensors((args, kwargs))}
+        given = {id(t): t for t in every}
         where = {i: self.where(t) for i, t in given.items()}
         if all(at in (None, RANGE) for at in where.values()):
             for tensor in live if weights else ():
@@ -215,6 +230,8 @@ class Recorder(TorchFunctionMode):
         order = {i: number for number, i in enumerate(given)}
 
         def kind(value: Any) -> Any:
+            if type(value) in _SIMPLE:
+                return type(value), value
             if isinstance(value, Tensor):
                 i = id(value)
                 repeats = self._repeated[i][1] if i in self._repeated else None
@@ -228,7 +245,9 @@ class Recorder(TorchFunctionMode):
                 return slice, kind((value.start, value.stop, value.step))
             return type(value), value
 
-        key = (function, self.samples, kind(args), kind(kwargs), tuple(t.shape for t in results))
+        given_as = tuple([kind(value) for value in args])
+        shapes = tuple([t.shape for t in results])
+        key = (function, self.samples, given_as, kind(kwargs) if kwargs else None, shapes)
         try:
             known = _FOLLOWED.get(key)
         except TypeError:  # an argument that cannot be told from another
@@ -328,7 +347,18 @@ class Recorder(TorchFunctionMode):
 
 _WRITES: dict[Any, bool] = {}
 _FOLLOWED: dict[Any, tuple[list[Samples | None], list[Samples | None], bool]] = {}
+_SIMPLE = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
 _REPEATS = ("expand", "expand_as", "broadcast_to", "repeat", "tile")
+
+
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, tuple | list | dict):
+            found.extend(tensors([value]))
+    return found
 
 
 def _alias(value: Any) -> Any:

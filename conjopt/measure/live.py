@@ -1,0 +1,264 @@
+"""A forward that is recorded, and measured while its ordinary backward passes by."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map
+
+from conjopt.measure.layers.layout import Samples
+from conjopt.measure.layers.pieces import SLAB, Piece, norms_and_sum, squared_norms, sum_of
+from conjopt.measure.layers.rules import pieces_of
+from conjopt.measure.layers.tape import constants_of, through
+from conjopt.measure.layers.uses import Recorder, Use
+
+__all__ = ["Live"]
+
+_CONVOLUTIONS = frozenset(
+    (
+        torch.conv1d,
+        torch.conv2d,
+        torch.conv3d,
+        torch.conv_transpose1d,
+        torch.conv_transpose2d,
+        torch.conv_transpose3d,
+    )
+)
+# They keep what they were given for the backward, so that it cannot run twice unless told to.
+_KEEPING = _CONVOLUTIONS | {F.linear}
+
+
+class Live(Recorder):
+    """Records one forward, and measures in its backward.
+
+    Args:
+        model: That runs.
+        inputs: Tensors of its inputs.
+        places: Where their samples are.
+        samples: `m`.
+        stride: Every so many samples are measured.
+        fused: Whether gradients of weights may be sums of per-sample ones.
+        store: Called with the norms when a backward is over.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: list[Tensor],
+        places: list[Samples | None],
+        samples: int,
+        stride: int,
+        fused: bool,
+        store: Callable[[Tensor], None],
+    ) -> None:
+        parameters = dict(model.named_parameters())
+        super().__init__(parameters, inputs, constants_of(model), samples, places)
+        self._stride, self._store, self._fused = min(stride, samples), store, fused
+        self._counts: dict[int, int] = {}
+        self._kept: dict[int, list[Piece]] = {}
+        self._total: Tensor | None = None
+        self._joints: dict[int, _Joint] = {}  # by the result
+
+    def call(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        weights: list[Tensor],
+    ) -> Any:
+        """Call a function; where its weights' gradients are to be sums, without gradients of them.
+
+        Under checkpointing nothing is taken over: what is recomputed has to be the same again.
+        """
+        keeping = weights and self._fused and function in _KEEPING and torch.is_grad_enabled()
+        if not keeping or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            return function(*args, **kwargs)
+        x = args[0] if args else kwargs["input"]
+        known = {id(weight) for weight in weights}
+        few = function is F.linear and x.ndim < 3
+        if few or id(x) in known or self.where(x) is None or known & self._repeated.keys():
+            return function(*args, **kwargs)
+        bare = [a.detach() if id(a) in known else a for a in args]
+        named = {name: a.detach() if id(a) in known else a for name, a in kwargs.items()}
+        joint = _Joint(self, function, args, kwargs, list({id(w): w for w in weights}.values()))
+        result = function(*bare, **named)
+        # A linear layer on sequences returns a view, and to join that would copy its gradient.
+        whole = result if result._base is None else result._base
+        if whole.numel() != result.numel() or not (
+            whole.is_contiguous() and result.is_contiguous()
+        ):
+            whole = result = result.clone()
+        joined = _Join.apply(joint, whole, *joint.weights)
+        result = joined if whole is result else joined.view(result.shape)
+        self._joints[id(result)] = joint
+        return result
+
+    def used(self, use: Use, results: list[Tensor]) -> None:
+        """Hook on a use's results, to measure when their gradients arrive."""
+        for weight in use.weights:
+            self._counts[id(weight)] = self._counts.get(id(weight), 0) + 1
+        joint = self._joints.pop(id(results[0]), None)
+        if joint is not None:
+            joint.use = use
+            return
+        held = [use]
+        live = [t for t in results if t.requires_grad]
+        places = [i for i, t in enumerate(results) if t.requires_grad]
+        if len(live) == 1:
+            live[0].register_hook(lambda gradient: self._arrived(held, places, [gradient]))
+        else:
+            torch.autograd.graph.register_multi_grad_hook(
+                live, lambda gradients: self._arrived(held, places, gradients)
+            )
+
+    def joined(self, use: Use, gradient: Tensor) -> dict[int, Tensor]:
+        """Measure, and return the sums of the per-sample gradients by the `id` of the weight."""
+        sums: dict[int, Tensor] = {}
+        self._measure(use, [gradient.reshape(use.shapes[0])], sums)
+        return sums
+
+    def _arrived(self, held: list[Use], places: list[int], gradients: Any) -> None:
+        (use,) = held
+        if use.function in _KEEPING and not keeps_graph():
+            held.clear()
+        cotangents: list[Tensor | None] = [None] * len(use.shapes)
+        for place, gradient in zip(places, gradients, strict=True):
+            cotangents[place] = None if gradient is None else gradient.detach()
+        self._measure(use, cotangents)
+
+    def _measure(
+        self,
+        use: Use,
+        cotangents: Sequence[Tensor | None],
+        sums: dict[int, Tensor] | None = None,
+    ) -> None:
+        if self._total is None and not self._kept:
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        parts: list[Tensor] = []
+        with torch.no_grad():
+            for rows in self._ranges(use):
+                part, mine = use.take(rows, cotangents)
+                squares: Tensor | None = None
+                found = pieces_of(part, [None if c is None else c[None] for c in mine])
+                for weight, piece in found:
+                    if not self._alone(weight):
+                        self._keep(weight, piece)
+                        own, total = None, None if sums is None else sum_of(piece)
+                    elif sums is None:
+                        own, total = squared_norms([piece]), None
+                    else:
+                        own, total = norms_and_sum(piece)
+                    if own is not None:
+                        squares = own if squares is None else squares + own
+                    if sums is not None and total is not None:
+                        total = total.reshape(weight.shape)
+                        before = sums.get(id(weight))
+                        sums[id(weight)] = total if before is None else before + total
+                if squares is not None:
+                    parts.append(squares)
+            if parts:
+                self._count(parts[0] if len(parts) == 1 else torch.cat(parts))
+
+    def _ranges(self, use: Use) -> Iterator[slice]:
+        """Yield ranges of the samples to measure at a time, to hold few gradients at once."""
+        rows = -(-self.samples // self._stride)
+        few = rows
+        if use.function in _CONVOLUTIONS and not use.whole and all(map(self._alone, use.weights)):
+            few = max(1, SLAB // max(1, *(weight.numel() for weight in use.weights)))
+            few = math.ceil(rows / math.ceil(rows / few))  # equal parts
+        if few >= rows:
+            yield slice(None, None, self._stride)
+            return
+        for start in range(0, rows, few):
+            stop = min((start + few) * self._stride, self.samples)
+            yield slice(start * self._stride, stop, self._stride)
+
+    def _alone(self, weight: Tensor) -> bool:
+        """Whether no other use adds to a weight's gradients."""
+        alone = id(weight) not in self.bases and self._counts[id(weight)] == 1
+        return alone and not self._is_base(weight)
+
+    def _keep(self, weight: Tensor, piece: Piece) -> None:
+        bases = self.bases.get(id(weight))
+        if bases is None:
+            self._kept.setdefault(id(weight), []).append(piece)
+            return
+        with torch.enable_grad():
+            found = list(through(weight, bases, piece))
+        for base, dense in found:
+            self._kept.setdefault(id(base), []).append(dense)
+
+    def _is_base(self, weight: Tensor) -> bool:
+        return any(weight is base for bases in self.bases.values() for base in bases)
+
+    def _count(self, squares: Tensor) -> None:
+        self._total = squares if self._total is None else self._total + squares
+
+    def _finish(self) -> None:
+        with torch.no_grad():
+            for pieces in self._kept.values():
+                self._count(squared_norms(pieces))
+        if self._total is not None:
+            self._store(self.samples * self._total.sqrt())
+        self._total, self._kept = None, {}
+
+
+@dataclasses.dataclass
+class _Joint:
+    """A call whose weights' gradients are sums of per-sample ones, until its backward."""
+
+    live: Live
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    weights: list[Tensor]
+    use: Use | None = None
+
+    def gradients(self, gradient: Tensor) -> list[Tensor]:
+        """Return the weights' gradients, and measure."""
+        if self.use is not None:
+            found = self.live.joined(self.use, gradient)
+            if all(id(weight) in found for weight in self.weights):
+                return [found[id(weight)].to(weight.dtype) for weight in self.weights]
+        with torch.enable_grad():
+            bare = {id(w): w.detach().requires_grad_() for w in self.weights}
+            args, kwargs = tree_map(lambda a: bare.get(id(a), a), (self.args, self.kwargs))
+            result = self.function(*args, **kwargs)
+            gradient = gradient.reshape(result.shape)
+            return list(torch.autograd.grad(result, list(bare.values()), gradient))
+
+
+class _Join(torch.autograd.Function):
+    """Hands a result on, and gives the weights that made it their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, joint: _Joint, result: Tensor, *weights: Tensor) -> Tensor:
+        ctx.joint = joint
+        ctx.mark_dirty(result)  # else what follows could not write to it
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        joint = ctx.joint
+        if joint is None:
+            raise RuntimeError(
+                "A backward ran twice through what the probe measured: give the first "
+                "retain_graph=True."
+            )
+        if not keeps_graph():
+            ctx.joint = None
+        return None, gradient, *joint.gradients(gradient)
+
+
+def keeps_graph() -> bool:
+    """Whether the backward that runs may be run again."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else bool(ask())
