@@ -3,10 +3,35 @@
 from __future__ import annotations
 
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 from conjopt import bounds, entropy, losses, measure, optim, potentials, report
 from conjopt.optim import ConjSGD
 
-__all__ = ["ConjSGD", "bounds", "entropy", "losses", "measure", "optim", "potentials", "report"]
+if _TYPE_CHECKING:
+    from conjopt.diagnosis import Diagnosis, diagnose
+
+__all__ = [
+    "ConjSGD",
+    "Diagnosis",
+    "bounds",
+    "diagnose",
+    "entropy",
+    "losses",
+    "measure",
+    "optim",
+    "potentials",
+    "report",
+]
 
 __version__ = _version("conjopt")
+
+
+def __getattr__(name: str) -> _Any:
+    """Import what training does not need when it is first asked for."""
+    if name in ("Diagnosis", "diagnose"):
+        from conjopt import diagnosis
+
+        return getattr(diagnosis, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

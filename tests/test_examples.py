@@ -16,6 +16,7 @@ def test_every_example_is_tested():
         "ten_lines.py",
         "beyond_the_plain_loop.py",
         "choosing_a_potential.py",
+        "why_is_it_stuck.py",
     }
 
 
@@ -61,3 +62,21 @@ def test_architectures_are_measured_and_drawn(tmp_path):
     assert least["deep residual (12 layers of 64)"] > 2 * least["deep plain (12 layers of 64)"]
     assert least["wide (3 layers of 512)"] > 2 * least["wide, 95 % pruned"]
     assert (tmp_path / "picture.png").stat().st_size > 20_000
+
+
+def test_planted_faults_are_diagnosed_and_remedied(tmp_path):
+    script = EXAMPLES / "why_is_it_stuck.py"
+    run = subprocess.run(
+        [sys.executable, "-W", "error", script],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    found = re.findall(r"^--- planted: (.*)\n(.*?): ", run.stdout, re.M)
+    assert len(found) == 5
+    assert all(planted == cause for planted, cause in found)
+    losses = re.findall(r"^loss ([\d.]+) -> ([\d.]+)$", run.stdout, re.M)
+    assert len(losses) == 5
+    assert all(float(after) < 0.8 * float(before) for before, after in losses)
