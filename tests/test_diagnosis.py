@@ -230,6 +230,17 @@ def test_the_split_of_the_residuals_is_that_of_the_jacobian():
     assert found["noise"] == pytest.approx(float(noise), rel=1e-9)
 
 
+def test_what_the_floor_explains_is_not_looked_for_again():
+    """Against raw targets, pairs of equal inputs leave residuals along eigenvalues that are 0."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 16).repeat(2, 1)
+    y = torch.cat([torch.zeros(8, 1), torch.rand(8, 1) + 2])
+    found = diagnose(nn.Linear(16, 1), nn.MSELoss(), [(x, y)]).measurements
+    assert found["floor"] > 0.3
+    assert found["excess"] > 0.3
+    assert found["hidden"] < 1e-6
+
+
 def test_the_noise_floor_is_that_of_plain_sgd_on_a_quadratic():
     """The stationary covariance of `theta+ = theta - a (H theta + noise)`, solved directly."""
     torch.manual_seed(0)
