@@ -16,6 +16,8 @@ from conjopt.measure.curvature import JacobianProduct
 from conjopt.measure.observation import Batch
 from conjopt.measure.watch import Watch
 from conjopt.optim import checks, measuring
+from conjopt.optim.batch_rule import BatchAdvisor, BatchRule, Recommendation
+from conjopt.optim.batch_rule import batch_rule as rule_of
 from conjopt.optim.blocks import Blocks
 from conjopt.optim.directions import Direction
 from conjopt.optim.floor import DataFloor
@@ -61,6 +63,8 @@ class ConjSGD(Optimizer):
         step_rule: "edge" (the limits above; for "sgd" the inverse curvature along the gradient and
             the trust region), "constant", or a `StepRule`, whose arguments are ``s``, ``rho_min``,
             ``tau`` and ``realised``.
+        batch_rule: what `recommended_batch_size` goes by: "correlation", "work", "fixed", a
+            `BatchRule`, or None for no opinion.
         measure_every: steps from one measurement to the next.
         warmup: first steps, each of which measures.
         data_floor: in the criterion's units, the least training loss that the data allow (Thm 1.3);
@@ -107,6 +111,7 @@ class ConjSGD(Optimizer):
         weight_decay: float | None = None,
         direction: str | Direction = "spectral",
         step_rule: str | StepRule = "edge",
+        batch_rule: str | BatchRule | None = None,
         measure_every: int = 25,
         warmup: int = 20,
         data_floor: float | str = "auto",
@@ -122,6 +127,7 @@ class ConjSGD(Optimizer):
         self._model, criterion = checks.modules(model, loss)
         self._direction = checks.direction(direction)
         self._rule = checks.step_rule(step_rule, self._direction)
+        self._batches = BatchAdvisor(rule_of(batch_rule))
         self._floor = DataFloor(checks.data_floor(data_floor))
         checks.number("average", average, 0, 1, open_end=True)
         checks.number("decay", decay, 0, 1, open_end=True)
@@ -276,6 +282,7 @@ class ConjSGD(Optimizer):
         if gate is None and self._floor.value is not None:
             self._say_what_happened()
         self._calls += 1
+        self._batches.record(batch, measured=found is not None)
         self._watch.release()
         self._watch.armed = self._due()
         return result
@@ -384,6 +391,45 @@ class ConjSGD(Optimizer):
             trust_only=self._trust_only,
         )
 
+    def recommended_batch_size(self, population: int | None = None) -> int | None:
+        """The batch size that ``batch_rule`` asks for now (Thm 3.3); reads from the device.
+
+        Args:
+            population: n, samples in the training set; None for many more than a batch.
+
+        Returns:
+            the size; None without a rule, or where nothing was measured yet.
+
+        Example:
+            >>> model, criterion = nn.Linear(2, 1), nn.MSELoss()
+            >>> optimizer = ConjSGD(
+            ...     model.parameters(), model=model, loss=criterion, batch_rule="correlation"
+            ... )
+            >>> optimizer.recommended_batch_size() is None
+            True
+        """
+        return self.batch_advice(population).batch_size
+
+    def batch_advice(
+        self, population: int | None = None, *, least: int = 1, most: int | None = None
+    ) -> Recommendation:
+        """What ``batch_rule`` asks for now, with its reason; reads from the device.
+
+        Args:
+            population: n, samples in the training set; None for many more than a batch.
+            least: the smallest size that can be used.
+            most: the largest; None for any.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> optimizer = ConjSGD(
+            ...     model.parameters(), model=model, loss=nn.MSELoss(), batch_rule="work"
+            ... )
+            >>> optimizer.batch_advice().reason
+            'no gradient noise was measured yet'
+        """
+        return self._batches.advise(self._statistics, population, least=least, most=most)
+
     def state_dict(self) -> dict[str, Any]:
         """The state for an exact resume, as in torch, with the statistics under "controller".
 
@@ -400,6 +446,8 @@ class ConjSGD(Optimizer):
             "trust_only": self._trust_only,
             "statistics": self._statistics.state_dict(),
         }
+        if self._batches.rule is not None:
+            state["controller"]["batches"] = self._batches.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -422,6 +470,7 @@ class ConjSGD(Optimizer):
         super().load_state_dict(state_dict)
         self._statistics.load_state_dict(controller["statistics"])
         self._calls, self._trust_only = controller["calls"], controller["trust_only"]
+        self._batches.load_state_dict(controller.get("batches"))
         # torch casts a parameter's state to its type; these keep their own.
         ordered = [p for group in self.param_groups for p in group["params"]]
         numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
