@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 from conjopt import bounds, entropy, losses, measure, optim, potentials, report
-from conjopt.optim import ConjSGD
+from conjopt.optim import AdaptiveBatchSampler, ConjSGD
 
 if _TYPE_CHECKING:
     from conjopt.diagnosis import Diagnosis, diagnose
 
 __all__ = [
+    "AdaptiveBatchSampler",
     "ConjSGD",
     "Diagnosis",
     "bounds",

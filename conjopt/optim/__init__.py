@@ -19,11 +19,13 @@ from conjopt.optim.batch_size import (
 )
 from conjopt.optim.conj_sgd import ConjSGD
 from conjopt.optim.directions import Direction, Momentum, Spectral
+from conjopt.optim.sampler import AdaptiveBatchSampler, Part
 from conjopt.optim.status import Status
 from conjopt.optim.step_size import Constant, Edge, RayleighEdge, StepRule
 from conjopt.optim.step_times import Cost, StepTimes
 
 __all__ = [
+    "AdaptiveBatchSampler",
     "BatchRule",
     "ConjSGD",
     "Constant",
@@ -34,6 +36,7 @@ __all__ = [
     "Fixed",
     "Momentum",
     "NoiseReading",
+    "Part",
     "RayleighEdge",
     "Recommendation",
     "Spectral",
