@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 def test_every_example_is_tested():
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
         "architecture.py",
+        "batch_size.py",
         "ten_lines.py",
         "beyond_the_plain_loop.py",
         "choosing_a_potential.py",
@@ -22,7 +23,12 @@ def test_every_example_is_tested():
 
 @pytest.mark.parametrize(
     ("name", "least"),
-    [("ten_lines", 95), ("beyond_the_plain_loop", 90), ("choosing_a_potential", 95)],
+    [
+        ("ten_lines", 95),
+        ("beyond_the_plain_loop", 90),
+        ("choosing_a_potential", 95),
+        ("batch_size", 95),
+    ],
 )
 def test_example(name, least, tmp_path):
     run = subprocess.run(
