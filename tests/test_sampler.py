@@ -410,7 +410,9 @@ def test_a_change_needs_answers_in_a_row_to_one_side():
     assert sizes_after(200, 10, 200, 10)[0] == 64
     assert sizes_after(200, 95, 200)[0] == 64  # 95 is less than 1.5 times 64
     assert sizes_after(200, 96)[0] == 96  # the nearest that both support
+    assert sizes_after(96, 200)[0] == 96
     assert sizes_after(20, 42)[0] == 42
+    assert sizes_after(42, 20)[0] == 42
     assert sizes_after(20, 43)[0] == 64
     assert sizes_after(200, 200, 90, 90)[1] == [
         (0, 1, 64, 200, "answer 1"),
@@ -485,18 +487,19 @@ def test_micro_batches_are_the_batch(micro):
 
 
 @given(cases())
-def test_shares_add_up(case: Case):
+def test_every_sample_of_a_batch_counts_alike(case: Case):
+    """Averaged over ranks, as their gradients are: 1/m of a batch of m."""
     samplers = [case.sampler(rank) for rank in range(case.ranks)]
-    for sampler in samplers:
-        list(sampler)
-    number = 0
-    totals = {}
-    for of_all in zip(*(sampler._pass.parts for sampler in samplers)):
-        # Averaged over ranks, as their gradients are.
-        totals[number] = totals.get(number, 0) + sum(part.share for part in of_all) / case.ranks
-        assert len({part.last for part in of_all}) == 1
-        number += of_all[0].last
-    assert all(total == pytest.approx(1, rel=1e-12) for total in totals.values())
+    lists = [list(sampler) for sampler in samplers]
+    counts = {}
+    for number, pieces in enumerate(zip(*lists)):
+        parts = [sampler._pass.parts[number] for sampler in samplers]
+        batch = sum(part.last for part in samplers[0]._pass.parts[:number])
+        for indices, part in zip(pieces, parts):
+            counts.setdefault(batch, []).extend([part.share / len(indices)] * len(indices))
+    for of_samples in counts.values():
+        expected = [case.ranks / len(of_samples)] * len(of_samples)
+        assert of_samples == pytest.approx(expected, rel=1e-12)
 
 
 # With the optimizer, and on several processes.
