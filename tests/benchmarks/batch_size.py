@@ -1,9 +1,9 @@
 """Batch rules beside fixed batches of 64 and 256: steps, samples and CPU seconds to one loss.
 
 The target of a problem is the loss that fixed batches of 64 end with on the first seed. Every run
-goes until it is there, or for twice the budget of epochs. CPU seconds are those of the process on one
-thread, training alone. The data are not part of the package; of a folder with fashion_mnist_30k.npz
-and cifar10_5k.npz what is missing is left out.
+goes until it is there, or for twice the budget of epochs. CPU seconds are those of the process on
+one thread, training alone. The data are not part of the package; of a folder with
+fashion_mnist_30k.npz and cifar10_5k.npz what is missing is left out.
 
     python tests/benchmarks/batch_size.py --data DIR [--seeds 3] [--epochs 8] [--out FILE]
 """
