@@ -12,7 +12,7 @@ from torch import nn
 
 from conjopt import ConjSGD
 from conjopt.losses import SoftmaxLoss
-from conjopt.optim import Constant, Edge, RayleighEdge, Spectral
+from conjopt.optim import Constant, Edge, GradientEdge, Spectral
 
 CRITERION = nn.CrossEntropyLoss()
 
@@ -107,7 +107,7 @@ def steps_before(request):
         ({"direction": Spectral}, ValueError, "expected one of .* or a Direction"),
         ({"step_rule": "polyak"}, ValueError, r"step_rule='polyak', expected one of \['constant"),
         ({"step_rule": None}, ValueError, "step_rule=None, expected one of"),
-        ({"step_rule": RayleighEdge()}, ValueError, "does not go with direction='spectral'; use"),
+        ({"step_rule": GradientEdge()}, ValueError, "does not go with direction='spectral'; use"),
         ({"step_rule": Edge(), "direction": "sgd"}, ValueError, "with direction='sgd'; use Edge"),
         ({"nesterov": True, "dampening": 0.1}, ValueError, "dampening=0, or pass nesterov=False"),
         ({"maximize": True}, ValueError, "minimize the criterion, or use step_rule='constant'"),
@@ -186,8 +186,8 @@ def test_constructor_refuses_a_tensor_of_several_rates():
         (Edge, "rho_min", (-0.1, 1.1, math.nan)),
         (Edge, "tau", (0, -1, math.nan, math.inf)),
         (Edge, "tau_alone", (0, -1, math.nan, math.inf)),
-        (RayleighEdge, "s", (0, -1, 2.5, math.nan, math.inf)),
-        (RayleighEdge, "tau", (0, -1, math.nan, math.inf)),
+        (GradientEdge, "s", (0, -1, 2.5, math.nan, math.inf)),
+        (GradientEdge, "tau", (0, -1, math.nan, math.inf)),
         (Spectral, "second_moment_decay", (-0.1, 1, math.nan)),
     ],
 )

@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call, jacrev
 
 from conjopt import ConjSGD
-from conjopt.optim import Edge, RayleighEdge, measuring
+from conjopt.optim import Edge, GradientEdge, measuring
 from conjopt.optim.measuring import couples_samples
 from conjopt.optim.statistics import Measurement, Statistics
 from conjopt.optim.step_size import edge_step, polyak_cap, trust_region
@@ -155,16 +155,59 @@ def two_rates(direction, rule, **options):
     return optimizer, model, twin, x, value.item(), before, gradients
 
 
-def test_the_rayleigh_quotient_is_along_the_gradient_with_its_rates():
-    optimizer, _, twin, x, _, _, gradients = two_rates("sgd", RayleighEdge(s=0.3, tau=1e6))
+def gauss_newton(model, x):
+    """The matrix itself, (P, P), of the mean cross-entropy."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    jacobians = jacrev(lambda at: functional_call(model, at, x))(parameters)
+    rows = torch.cat([jacobians[name].flatten(2) for name in parameters], 2)
+    p = model(x).detach().softmax(1)
+    hessians = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+    return torch.einsum("ikp,ikl,ilq->pq", rows, hessians, rows) / len(x)
+
+
+@pytest.mark.parametrize("products", [1, 2, 60])
+def test_the_greatest_curvature_is_in_the_metric_of_the_rates(products):
+    rule = GradientEdge(tau=1e9, stable=4, damping=0.0)
+    rule.products = products
+    optimizer, _, twin, x, _, before, gradients = two_rates("sgd", rule)
     optimizer.step()
-    along = {n: g * (0.5 if n.startswith("0") else 1.0) for n, g in gradients.items()}
-    v = jacobian_along(twin, x, along)
-    p = twin(x).detach().softmax(1)
-    curvature = (p * v * v).sum(1) - (p * v).sum(1) ** 2
-    slope = sum((gradients[n] * along[n]).sum() for n in along)
-    expected = 0.3 * slope / curvature.mean()
-    assert optimizer.status().step_size == pytest.approx(float(0.5 * expected), rel=1e-9)
+    roots = torch.cat(
+        [
+            torch.full_like(p, 0.5**0.5 if n.startswith("0") else 1.0).flatten()
+            for n, p in before.items()
+        ]
+    )
+    matrix = roots * gauss_newton(twin, x) * roots[:, None]
+    vector = roots * torch.cat([gradients[n].flatten() for n in before])
+    for _ in range(products):
+        vector = matrix @ (vector / vector.norm())
+    top = float(vector.norm())
+    assert optimizer.status().top_curvature == pytest.approx(top, rel=1e-9)
+    assert optimizer.status().step_size == pytest.approx(0.5 * 0.7 / top / 10, rel=1e-9)  # ramp
+    greatest = float(torch.linalg.eigvalsh(matrix)[-1])
+    assert top <= greatest * (1 + 1e-9)
+    if products == 60:
+        assert top == pytest.approx(greatest, rel=1e-3)
+
+
+def test_the_correlation_along_the_gradient_is_of_two_halves():
+    rule = GradientEdge(tau=1e9)
+    optimizer, _, twin, x, _, _, gradients = two_rates("sgd", rule)
+    optimizer.step()
+    halves = []
+    for part in (slice(0, None, 2), slice(1, None, 2)):
+        twin.zero_grad()
+        nn.functional.cross_entropy(twin(x[part]), (torch.arange(6) % 3)[part]).backward()
+        halves.append(torch.cat([p.grad.flatten() for p in twin.parameters()]))
+    whole = torch.cat([gradients[n].flatten() for n, _ in twin.named_parameters()])
+    inner = float(halves[0] @ halves[1])
+    status = optimizer.status()
+    assert status.correlation == pytest.approx(inner / float(whole @ whole), rel=1e-9)
+    noise = float((halves[0] - halves[1]).square().sum()) / (2 / 3)
+    assert status.gradient_energy == pytest.approx(inner + noise, rel=1e-9)
+    rho = max(status.correlation, 0.05)
+    expected = 0.7 / status.top_curvature / (1 + 0.3 * (1 / rho - 1)) / 10
+    assert status.limits["edge"] == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_change_of_coupled_samples_is_along_the_step_with_its_weights(monkeypatch):

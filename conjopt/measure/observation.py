@@ -84,6 +84,34 @@ class Observation:
         )
         return change
 
+    def pull_back(self, cotangent: Tensor, like: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Carry a cotangent of the criterion's input to the model's output tensors.
+
+        Args:
+            cotangent: in the shape of the outputs.
+            like: by place, tensors in the shapes of the model's output tensors.
+        """
+        if self.place is not None:
+            return {self.place: cotangent}
+        assert self.pull is not None
+        places = [place for place in self.pull[1] if place in like]
+        with torch.enable_grad():
+            tangents = {p: torch.zeros_like(like[p], requires_grad=True) for p in places}
+            leaf, products = self.pull
+            (change,) = torch.autograd.grad(
+                [products[place] for place in places],
+                [leaf],
+                [tangents[place].to(products[place].dtype) for place in places],
+                create_graph=True,
+            )
+            pulled = torch.autograd.grad(
+                change, list(tangents.values()), cotangent.to(change.dtype), allow_unused=True
+            )
+        return {
+            place: torch.zeros_like(like[place]) if part is None else part
+            for place, part in zip(places, pulled, strict=True)
+        }
+
 
 @dataclasses.dataclass(eq=False)
 class Batch:

@@ -16,7 +16,7 @@ from torch import Tensor
 from conjopt.measure.noise import halves
 from conjopt.measure.observation import Batch, Forward, Observation, sum_of
 
-__all__ = ["Parts", "Response", "inner_products", "respond", "split"]
+__all__ = ["Parts", "Response", "curvature_product", "inner_products", "respond", "split"]
 
 
 @dataclasses.dataclass(eq=False)
@@ -135,6 +135,39 @@ def respond(
     total = sum_of(weights) if mask is None else _weight(batch, [forward], mask)
     total = torch.where(total > 0, total, 1.0)
     return Response(sum_of(curvatures) / total, (sum_of(squares) / total).clamp_min(0).sqrt())
+
+
+def curvature_product(
+    batch: Batch, forward: Forward, changes: Mapping[int, Tensor], parameters: Mapping[str, Tensor]
+) -> list[Tensor]:
+    """``GGN_B u`` from ``J u``: the outputs' Hessians, then one vector-Jacobian product (Thm 2.6).
+
+    Args:
+        batch: observed while the watch was armed.
+        forward: one of its forwards, whose samples are B.
+        changes: ``J u`` by place among the output's leaves.
+        parameters: by name, the model's own.
+
+    Returns:
+        a tensor in the shape of each parameter, per-sample Fenchel-Young units.
+    """
+    assert forward.replay is not None
+    reading = batch.potential_of
+    total = _weight(batch, [forward], None)
+    cotangents: dict[int, Tensor] = {}
+    for o in batch.observations:
+        if o.forward is not forward or o.outputs is None:
+            continue
+        at, moved = (_wide(reading.rows(t)) for t in (o.outputs, o.push(changes)))
+        rows = reading.weights(o.outputs, o.targets).to(at.dtype).unsqueeze(-1)
+        bent = o.kappa * o.scale / total * rows * reading.potential.hessian_product(at, moved)
+        with torch.enable_grad():
+            like = torch.zeros_like(o.outputs, requires_grad=True)
+            rearranged = reading.rows(like)
+            (cotangent,) = torch.autograd.grad(rearranged, like, bent.to(rearranged.dtype))
+        for place, part in o.pull_back(cotangent, changes).items():
+            cotangents[place] = cotangents[place] + part if place in cotangents else part
+    return forward.replay.pull(cotangents, parameters)
 
 
 def inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:

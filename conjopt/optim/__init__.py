@@ -19,9 +19,10 @@ from conjopt.optim.batch_size import (
 )
 from conjopt.optim.conj_sgd import ConjSGD
 from conjopt.optim.directions import Direction, Momentum, Spectral
+from conjopt.optim.gradient_rules import GradientEdge, PolyakStep, Smoothness
 from conjopt.optim.sampler import AdaptiveBatchSampler, Part
 from conjopt.optim.status import Status
-from conjopt.optim.step_size import Constant, Edge, RayleighEdge, StepRule
+from conjopt.optim.step_size import Constant, Edge, StepRule
 from conjopt.optim.step_times import Cost, StepTimes
 
 __all__ = [
@@ -34,11 +35,13 @@ __all__ = [
     "Direction",
     "Edge",
     "Fixed",
+    "GradientEdge",
     "Momentum",
     "NoiseReading",
     "Part",
-    "RayleighEdge",
+    "PolyakStep",
     "Recommendation",
+    "Smoothness",
     "Spectral",
     "Status",
     "StepRule",

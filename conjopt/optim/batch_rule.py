@@ -312,10 +312,8 @@ class BatchAdvisor:
             batch: what it came from; None if that was not observed.
             measured: whether it measured, which takes longer than the steps that are compared.
         """
-        if self.rule is None or batch is None:
+        if batch is None:
             return
-        now, before = time.perf_counter(), self._before
-        self._before = now
         # Gradients tell which outputs count, but are kept on measuring steps only.
         sizes = {
             observation.forward: max(observation.forward.samples.values())
@@ -324,6 +322,10 @@ class BatchAdvisor:
             for observation in batch.observations
         }
         self.batch_size = sum(sizes.values())
+        if self.rule is None:
+            return
+        now, before = time.perf_counter(), self._before
+        self._before = now
         if before is not None and not measured:
             self.times.record(self.batch_size, now - before)
 

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from conjopt.bounds import ConvergenceLedger
 from conjopt.optim.directions import Direction, Momentum, Spectral
+from conjopt.optim.gradient_rules import GradientEdge, PolyakStep, Smoothness
 from conjopt.optim.statistics import SAVED
-from conjopt.optim.step_size import Constant, Edge, RayleighEdge, StepRule
+from conjopt.optim.step_size import Constant, Edge, StepRule
 
 __all__ = [
     "belong",
@@ -24,6 +26,7 @@ __all__ = [
     "fitting",
     "given_parameters",
     "group",
+    "ledger",
     "modules",
     "number",
     "positive",
@@ -65,24 +68,33 @@ def direction(given: str | Direction) -> Direction:
     return DIRECTIONS[given]()
 
 
+ALONG_GRADIENT: dict[str, type[StepRule]] = {
+    "edge": GradientEdge,
+    "polyak": PolyakStep,
+    "smoothness": Smoothness,
+}
+
+
 def step_rule(given: str | StepRule, of: Direction) -> StepRule:
     """The step rule of a name for a direction, or the given one."""
+    rules: dict[str, type[StepRule]] = {"constant": Constant}
+    rules |= {"edge": Edge} if of.held_out else ALONG_GRADIENT
     if isinstance(given, StepRule):
-        fits = isinstance(given, Constant) or isinstance(given, Edge) == of.held_out
-        if isinstance(given, Edge | RayleighEdge) and not fits:
+        if isinstance(given, Edge | GradientEdge | PolyakStep | Smoothness) and not isinstance(
+            given, tuple(rules.values())
+        ):
             raise ValueError(
                 f"ConjSGD: step_rule={type(given).__name__} does not go with "
                 f"direction={of.name!r}; use Edge with held-out directions such as 'spectral', "
-                "RayleighEdge with 'sgd'"
+                "GradientEdge, Smoothness or PolyakStep with 'sgd'"
             )
         return given
-    if given == "constant":
-        return Constant()
-    if given == "edge":
-        return Edge() if of.held_out else RayleighEdge()
-    raise ValueError(
-        f"ConjSGD: step_rule={given!r}, expected one of ['constant', 'edge'] or a StepRule"
-    )
+    if given not in rules:
+        only = "; 'smoothness' and 'polyak' go with direction='sgd'" if of.held_out else ""
+        raise ValueError(
+            f"ConjSGD: step_rule={given!r}, expected one of {sorted(rules)} or a StepRule{only}"
+        )
+    return rules[given]()
 
 
 def data_floor(given: float | str) -> float | None:
@@ -94,6 +106,16 @@ def data_floor(given: float | str) -> float | None:
     if given is None or not math.isfinite(given):
         raise ValueError(f"ConjSGD: data_floor={given}, expected 'auto' or a finite number")
     return float(given)
+
+
+def ledger(given: object) -> ConvergenceLedger | None:
+    """The ledger, if it is one."""
+    if given is not None and not isinstance(given, ConvergenceLedger):
+        raise TypeError(
+            f"ConjSGD: got a {type(given).__name__} as ledger=, expected a "
+            "conjopt.bounds.ConvergenceLedger(model, criterion, inputs, targets, whole=...)"
+        )
+    return given
 
 
 def number(

@@ -12,16 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from conjopt.bounds import ConvergenceLedger
 from conjopt.measure.curvature import JacobianProduct
 from conjopt.measure.observation import Batch
+from conjopt.measure.parts import inner_products
 from conjopt.measure.watch import Watch
 from conjopt.optim import checks, measuring
 from conjopt.optim.batch_rule import BatchAdvisor, BatchRule, Recommendation
 from conjopt.optim.batch_rule import batch_rule as rule_of
 from conjopt.optim.blocks import Blocks
+from conjopt.optim.conditions import conditions
 from conjopt.optim.directions import Direction
 from conjopt.optim.floor import DataFloor
 from conjopt.optim.gate import Gate, choose
+from conjopt.optim.recording import Recording
 from conjopt.optim.statistics import Statistics
 from conjopt.optim.status import Status
 from conjopt.optim.step_size import StepRule
@@ -60,9 +64,10 @@ class ConjSGD(Optimizer):
         weight_decay: decoupled, per unit of step; None for 0.1 with ``direction="spectral"`` over
             softmax and logistic losses, which have no minimizer, and 0 otherwise.
         direction: "spectral" (orthogonalised momentum), "sgd", or a `Direction`.
-        step_rule: "edge" (the limits above; for "sgd" the inverse curvature along the gradient and
-            the trust region), "constant", or a `StepRule`, whose arguments are ``s``, ``rho_min``,
-            ``tau`` and ``realised``.
+        step_rule: "edge" (the limits above; for "sgd" `GradientEdge`, which goes by the greatest
+            curvature of the batch), "constant", or a `StepRule`, whose arguments are ``s``,
+            ``rho_min``, ``tau`` and ``realised``. For "sgd" also "smoothness", ``1/(2L)`` of
+            Thm 3.1, and "polyak" (Thm 3.5), to the letter with ``momentum=0``.
         batch_rule: what `recommended_batch_size` goes by: "correlation", "work", "fixed", a
             `BatchRule`, or None for no opinion.
         measure_every: steps from one measurement to the next.
@@ -78,6 +83,10 @@ class ConjSGD(Optimizer):
             not where a direction is made from halves of a batch.
         decay: of the running means of loss and measurements.
         max_decay: most that weight decay takes off in one step.
+        ledger: a `conjopt.bounds.ConvergenceLedger` of the model and the criterion, to record both
+            sides of Thm 3.1; one record costs about what its set costs to evaluate twice in
+            float64, and waits for the device.
+        ledger_every: steps from one record to the next, from the first on.
 
     Raises:
         TypeError: if model or loss are missing or of another kind, or the criterion unknown.
@@ -123,6 +132,8 @@ class ConjSGD(Optimizer):
         coupled_weight_decay: bool = False,
         decay: float = 0.9,
         max_decay: float = 0.002,
+        ledger: ConvergenceLedger | None = None,
+        ledger_every: int = 25,
     ) -> None:
         self._model, criterion = checks.modules(model, loss)
         self._direction = checks.direction(direction)
@@ -134,13 +145,15 @@ class ConjSGD(Optimizer):
         checks.number("max_decay", max_decay, 0, 1)
         checks.count("measure_every", measure_every, 1)
         checks.count("warmup", warmup, 1)
+        checks.count("ledger_every", ledger_every, 1)
+        self._recording = Recording(checks.ledger(ledger), ledger_every)
         self._every, self._warmup, self._average = measure_every, warmup, average
         self._foreach, self._max_decay = foreach, max_decay
         names = {id(p): name for name, p in self._model.named_parameters()}
         self._names = names
         parameters = checks.given_parameters(params)
         self._watch = Watch(self._model, criterion, dict(self._model.named_parameters()))
-        self._watch.armed = self._rule.measures
+        self._watch.armed = self._rule.measures or ledger is not None
         potential = self._watch.potential_of.potential
         if weight_decay is None:
             runs_off = isinstance(potential, Softmax | Logistic)
@@ -234,7 +247,9 @@ class ConjSGD(Optimizer):
 
         # Watch: loss and gradients in per-sample Fenchel-Young units.
         statistics = self._statistics
-        batch = self._watch.batch() if self._rule.measures else None
+        recorded = self._recording.due(self._calls)
+        observed = self._watch.batch() if self._rule.measures or recorded else None
+        batch = observed if self._rule.measures else None
         seen = blocks.size(self._foreach).to(statistics.loss)
         blocks.scale(None if batch is None else batch.weight, self._foreach)
         if batch is not None:
@@ -244,6 +259,7 @@ class ConjSGD(Optimizer):
         finite = torch.isfinite(seen)
         if self._given_up(finite):
             return result
+        start = self._recording.begin(observed) if recorded else None
         gate = self._gate(finite)
         blocks.gradients = [choose(gate, g, 0.0) for g in blocks.gradients]
 
@@ -262,6 +278,8 @@ class ConjSGD(Optimizer):
         # Decide.
         if batch is not None:
             statistics.see_loss(loss, gate)
+            slope = self._slope(blocks, u) if self._rule.own_slope else None
+            self._rule.before_step(statistics, loss, slope, gate)
         if found is not None:
             if self._trust_only and not found.trust_only:
                 statistics.restart(gate)
@@ -276,6 +294,7 @@ class ConjSGD(Optimizer):
         # Step.
         self._direction.commit(blocks.gradients, blocks.states, blocks.groups, pending, gate)
         blocks.move(u, self._max_decay, gate)
+        self._recording.end(start)
         statistics.count(gate)
         if self._average:
             blocks.average(choose(gate, 1 / (self._average * statistics.steps + 1), 0.0))
@@ -284,7 +303,7 @@ class ConjSGD(Optimizer):
         self._calls += 1
         self._batches.record(batch, measured=found is not None)
         self._watch.release()
-        self._watch.armed = self._due()
+        self._watch.armed = self._needs_watch()
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -383,12 +402,18 @@ class ConjSGD(Optimizer):
             'nothing measured'
         """
         self._say_what_happened()
+        statistics, group = self._statistics, self.param_groups[0]
+        held_out, ledger = self._direction.held_out, self._recording.ledger
         return Status.of(
-            self._statistics,
-            self._rule.limits(self._statistics, self._beta, self._trust_only),
-            self.param_groups[0],
+            statistics,
+            self._rule.limits(statistics, self._beta, self._trust_only),
+            group,
             measures=self._rule.measures,
             trust_only=self._trust_only,
+            held_out=held_out,
+            conditions=conditions(ledger, statistics, float(group["step_size"]), held_out),
+            batch_sizes=(self._batches.batch_size, self.recommended_batch_size()),
+            extremes=self._recording.extremes,
         )
 
     def recommended_batch_size(self, population: int | None = None) -> int | None:
@@ -478,7 +503,7 @@ class ConjSGD(Optimizer):
             for key in BLOCK_STATE:
                 if key in (saved := state_dict["state"].get(number, {})):
                     self.state[parameter][key] = saved[key].clone().to(parameter.device)
-        self._watch.armed = self._due()
+        self._watch.armed = self._needs_watch()
 
     def __getstate__(self) -> dict[str, Any]:
         """Refuse to be copied or pickled: hooks tie the optimizer to its model."""
@@ -501,6 +526,7 @@ class ConjSGD(Optimizer):
             self._product,
             self._statistics,
             self._trust_only,
+            self._rule.products,
         )
 
     def _try(self, batch: Batch | None, blocks: Blocks, found: measuring.Found, gate: Gate) -> None:
@@ -533,10 +559,25 @@ class ConjSGD(Optimizer):
 
     # What the step needs to know.
 
+    @staticmethod
+    def _slope(blocks: Blocks, directions: list[Tensor]) -> Tensor:
+        """() ``<g, u>`` of the batch, with the blocks' weights."""
+        weights = torch.stack(
+            [
+                torch.as_tensor(w, device=u.device)
+                for w, u in zip(blocks.weights, directions, strict=True)
+            ]
+        )
+        return (weights * inner_products(blocks.gradients, directions)).sum()
+
     def _due(self) -> bool:
         """Whether the next step measures."""
         number = self._calls + 1
         return self._rule.measures and (number <= self._warmup or number % self._every == 0)
+
+    def _needs_watch(self) -> bool:
+        """Whether the next step needs more of the loop than its losses."""
+        return self._due() or self._recording.due(self._calls)
 
     def _given_up(self, finite: Tensor) -> bool:
         """On a CPU, whether the step is to be given up; a device is not asked."""

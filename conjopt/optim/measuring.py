@@ -1,7 +1,7 @@
 """The measuring step: from the observed batch to the direction of the step and what it promises.
 
-Three ways, by what the direction and the model allow: held-out slopes from two halves, the
-curvature along the gradient of the whole batch, or the change of the outputs alone.
+Three ways, by what the direction and the model allow: held-out slopes from two halves, the greatest
+curvature of the whole batch, or the change of the outputs alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from conjopt.measure.curvature import JacobianProduct, relative_step
 from conjopt.measure.noise import noise_from_halves
 from conjopt.measure.observation import Batch, Forward
-from conjopt.measure.parts import Parts, inner_products, respond, split
+from conjopt.measure.parts import Parts, curvature_product, inner_products, respond, split
 from conjopt.measure.watch import Watch
 from conjopt.optim.blocks import Blocks
 from conjopt.optim.directions import Direction, Pending, is_matrix
@@ -119,6 +119,7 @@ def measure(
     product: JacobianProduct,
     statistics: Statistics,
     trust_only: bool,
+    products: int,
 ) -> Found | None:
     """Measure in the way that direction, model and batch allow.
 
@@ -130,12 +131,13 @@ def measure(
         product: ``J u``.
         statistics: so far.
         trust_only: whether they lack slopes and curvature.
+        products: curvature products to find ``hi(GGN_B)`` by, along the gradient.
 
     Returns:
         None for a single sample, the last of an epoch say, after better batches.
     """
     if not direction.held_out:
-        return along_gradient(batch, blocks, direction, product)
+        return along_gradient(watch, batch, blocks, direction, product, products)
     if couples_samples(watch.model):
         return change_only(batch, blocks, direction)
     changed = watch.changed_since_backward(batch.marks)
@@ -197,32 +199,70 @@ def held_out(
 
 
 def along_gradient(
-    batch: Batch, blocks: Blocks, direction: Direction, product: JacobianProduct
+    watch: Watch,
+    batch: Batch,
+    blocks: Blocks,
+    direction: Direction,
+    product: JacobianProduct,
+    products: int,
 ) -> Found:
-    """The curvature along the gradient of the whole batch.
+    """The greatest curvature of the batch, its halves' correlation, and what ``u`` does to it.
 
     Args:
+        watch: of the loop.
         batch: observed while the watch was armed.
         blocks: what is moved.
         direction: makes ``u``.
-        product: ``J g``.
+        product: ``J u``.
+        products: curvature products to find ``hi(GGN_B)`` by; 0 leaves it.
     """
     gradients = blocks.gradients
     u, pending = direction.propose(gradients, gradients, blocks.states, blocks.groups)
-    along = [g if r == 1 else g * r for g, r in zip(gradients, blocks.ratios, strict=True)]
+    along = [t if r == 1 else t * r for t, r in zip(u, blocks.ratios, strict=True)]
     forward = batch.forwards[-1]
     _, changes = _changes(product, forward, blocks, along)
     response = respond(batch, forward, changes, None)
-    squared = inner_products(gradients, along).sum()
-    info = torch.finfo(squared.dtype)
-    ratio = (response.curvature / squared.clamp_min(info.tiny)).clamp(info.tiny, info.max)
     measurement = Measurement(
         change=response.change,
-        raw_slope=squared,
+        raw_slope=inner_products(gradients, along).sum(),
         curvature=response.curvature,
-        log_ratio=ratio.log(),
     )
+    if products:
+        measurement.top = _top(batch, forward, blocks, product, products)
+    parts = None
+    if not couples_samples(watch.model):
+        changed = watch.changed_since_backward(batch.marks)
+        parts = split(batch, blocks.by_name, gradients, changed=changed)
+    if parts is not None:
+        inner = inner_products(parts.first, parts.second).sum()
+        apart = torch._foreach_sub(parts.first, parts.second)
+        noise = noise_from_halves(inner, inner_products(apart, apart).sum(), parts.sizes)
+        measurement.mean_square, measurement.noise = noise.mean_square, noise.noise
+        square = inner_products(gradients, gradients).sum()
+        tiny = torch.finfo(square.dtype).tiny
+        measurement.correlation = (inner / square.clamp_min(tiny)).clamp(-1, 1)
     return Found(u, pending, measurement)
+
+
+def _top(
+    batch: Batch, forward: Forward, blocks: Blocks, product: JacobianProduct, products: int
+) -> Tensor:
+    """() ``hi(GGN_B)`` from below, by the power method from the gradient.
+
+    Where learning rates differ between groups, of the matrix in the metric in which the step is a
+    gradient step.
+    """
+    roots = [ratio**0.5 for ratio in blocks.ratios]
+    vector = [g * root for g, root in zip(blocks.gradients, roots, strict=True)]
+    top = inner_products(vector, vector).sum().sqrt()
+    for _ in range(products):
+        unit = [v / top.clamp_min(torch.finfo(top.dtype).tiny).to(v.dtype) for v in vector]
+        moved = [v * root for v, root in zip(unit, roots, strict=True)]
+        _, changes = _changes(product, forward, blocks, moved)
+        bent = curvature_product(batch, forward, changes, blocks.by_name)
+        vector = [h * root for h, root in zip(bent, roots, strict=True)]
+        top = inner_products(vector, vector).sum().sqrt()
+    return top
 
 
 def change_only(batch: Batch, blocks: Blocks, direction: Direction) -> Found:

@@ -12,11 +12,17 @@ from conjopt.optim.gate import Gate, choose
 
 __all__ = ["Measurement", "Statistics"]
 
-MEANS = ("slope", "raw_slope", "curvature", "log_ratio", "mean_square", "noise")
+BRAKE = ("slow", "slow_weight", "spread", "start", "lowest", "lowest_at", "braked_at", "brake")
+
+MEANS = ("slope", "raw_slope", "curvature", "log_top", "correlation", "mean_square", "noise")
+WEIGHTS = tuple(f"{name}_weight" for name in MEANS)  # counts for their bias corrections
+SLOW = {"log_top": 0.95}  # decays of those that are to remember longer
 SCALARS = (
     "weight",
     *MEANS,
+    *WEIGHTS,
     "change",
+    "top",
     "loss",
     "edge",
     "cap",
@@ -26,6 +32,7 @@ SCALARS = (
     "skipped",
     "below",
     "lowered",
+    *BRAKE,
 )
 SAVED = {*SCALARS, "measured"}  # the keys of a state
 
@@ -39,7 +46,8 @@ class Measurement:
         slope: unbiased ``<G, u>``; None where there is no second half to take it from.
         raw_slope: ``<g, u>``.
         curvature: ``u^T GGN u``.
-        log_ratio: ``log(g^T GGN g / ||g||^2)``, of a direction that is measured along g.
+        top: ``hi(GGN_B)`` of the batch, from below.
+        correlation: ``<g1, g2> / ||g||^2`` of two halves, an estimate of ``rho_m`` (Thm 3.2).
         mean_square: estimate of ``||G||^2``; None where there are no halves.
         noise: estimate of ``S^2``.
     """
@@ -48,9 +56,17 @@ class Measurement:
     slope: Tensor | None = None
     raw_slope: Tensor | None = None
     curvature: Tensor | None = None
-    log_ratio: Tensor | None = None
+    top: Tensor | None = None
+    correlation: Tensor | None = None
     mean_square: Tensor | None = None
     noise: Tensor | None = None
+
+    @property
+    def log_top(self) -> Tensor | None:
+        """() its logarithm, finite also at 0."""
+        return (
+            None if self.top is None else self.top.clamp_min(torch.finfo(self.top.dtype).tiny).log()
+        )
 
 
 class Statistics:
@@ -68,6 +84,8 @@ class Statistics:
         skipped: () steps given up for a value that was not finite.
         reach: () largest step that was tried on the outputs and held; infinite for no limit.
         share: () of the step that is tried next.
+        top: () upper envelope of ``hi(GGN_B)``.
+        brake: () factor of the step, below 1 where the loss does not fall (`conjopt.optim.brake`).
 
     Example:
         >>> statistics = Statistics(0.9)
@@ -94,6 +112,8 @@ class Statistics:
         self.loss.fill_(torch.nan)
         self.reach.fill_(torch.inf)
         self.share.fill_(1)
+        self.brake.fill_(1)
+        self.lowest.fill_(torch.nan)
 
     loss: Tensor
     weight: Tensor
@@ -106,6 +126,15 @@ class Statistics:
     share: Tensor
     below: Tensor
     lowered: Tensor
+    top: Tensor
+    slow: Tensor
+    slow_weight: Tensor
+    spread: Tensor
+    start: Tensor
+    lowest: Tensor
+    lowest_at: Tensor
+    braked_at: Tensor
+    brake: Tensor
 
     def see_loss(self, loss: Tensor, gate: Gate) -> None:
         """Take the loss of a batch into the running mean.
@@ -126,18 +155,25 @@ class Statistics:
         """
         share = 1 - self.decay
         for name in MEANS:
+            value = found.log_top if name == "log_top" else getattr(found, name)
+            if value is not None:
+                slow = 1 - SLOW[name] if name in SLOW else share
+                self._lerp(name, value, slow, gate)
+                self._lerp(f"{name}_weight", torch.ones_like(self.weight), slow, gate)
+        first = self.weight == 0
+        self._lerp("weight", torch.ones_like(self.weight), share, gate)
+        for name in ("change", "top"):
             value = getattr(found, name)
             if value is not None:
-                mean = getattr(self, name)
-                setattr(self, name, choose(gate, mean.lerp(value.to(mean), share), mean))
-        first = self.weight == 0
-        weight = self.weight.lerp(torch.ones_like(self.weight), share)
-        self.weight = choose(gate, weight, self.weight)
-        change = found.change.to(self.change)
-        envelope = torch.maximum(change, self.change.lerp(change, share))
-        envelope = torch.where(first, change, envelope)
-        self.change = choose(gate, envelope, self.change)
+                old, value = getattr(self, name), value.to(self.weight)
+                envelope = torch.maximum(value, old.lerp(value, share))
+                envelope = torch.where(first, value, envelope)
+                setattr(self, name, choose(gate, envelope, old))
         self.measured += 1
+
+    def _lerp(self, name: str, value: Tensor, share: float, gate: Gate) -> None:
+        mean = getattr(self, name)
+        setattr(self, name, choose(gate, mean.lerp(value.to(mean), share), mean))
 
     def count(self, gate: Gate) -> None:
         """Count a step as taken or skipped.
@@ -155,7 +191,7 @@ class Statistics:
         Args:
             gate: () whether to; None for yes.
         """
-        for name in ("weight", *MEANS):
+        for name in ("weight", *MEANS, *WEIGHTS):
             value = getattr(self, name)
             setattr(self, name, choose(gate, torch.zeros_like(value), value))
 
@@ -163,10 +199,12 @@ class Statistics:
         """() a running mean, corrected for its start; NaN before the first measurement.
 
         Args:
-            name: "slope", "raw_slope", "curvature", "log_ratio", "mean_square" or "noise".
+            name: "slope", "raw_slope", "curvature", "log_top", "correlation", "mean_square" or
+                "noise".
         """
         mean: Tensor = getattr(self, name)
-        return mean / self.weight
+        weight: Tensor = getattr(self, f"{name}_weight")
+        return mean / weight
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, for an exact resume."""

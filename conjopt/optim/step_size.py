@@ -18,7 +18,6 @@ from conjopt.optim.statistics import Statistics
 __all__ = [
     "Constant",
     "Edge",
-    "RayleighEdge",
     "StepRule",
     "edge_step",
     "polyak_cap",
@@ -105,6 +104,8 @@ class StepRule(abc.ABC):
     Attributes:
         name: as `ConjSGD` takes it.
         measures: whether it needs the loop to be watched.
+        products: curvature products of a measurement along the gradient, for ``hi(GGN_B)``.
+        own_slope: whether each step tells it the slope ``<g, u>`` of its batch.
 
     Example:
         >>> class TrustAlone(StepRule):
@@ -124,6 +125,20 @@ class StepRule(abc.ABC):
 
     name: ClassVar[str]
     measures: ClassVar[bool] = True
+    products: int = 2
+    own_slope: ClassVar[bool] = False
+
+    def before_step(  # noqa: B027
+        self, statistics: Statistics, loss: Tensor, slope: Tensor | None, gate: Gate
+    ) -> None:
+        """Take in what every step tells; nothing, unless a rule needs it.
+
+        Args:
+            statistics: written to.
+            loss: () of the batch, over the floor.
+            slope: () ``<g, u>`` of the batch, if the rule asks for it.
+            gate: () whether the step is taken.
+        """
 
     @abc.abstractmethod
     def after_measuring(self, statistics: Statistics, trust_only: bool, gate: Gate) -> None:
@@ -251,12 +266,12 @@ class Edge(StepRule):
         tau_alone: float = 0.5,
         realised: float | None = 2.0,
     ) -> None:
-        _check_range("Edge", "s", s, 2)
-        _check_range("Edge", "rho_min", rho_min, 1, zero=True)
-        _check_range("Edge", "tau", tau)
-        _check_range("Edge", "tau_alone", tau_alone)
+        check_range("Edge", "s", s, 2)
+        check_range("Edge", "rho_min", rho_min, 1, zero=True)
+        check_range("Edge", "tau", tau)
+        check_range("Edge", "tau_alone", tau_alone)
         if realised is not None:
-            _check_range("Edge", "realised", realised)
+            check_range("Edge", "realised", realised)
         self.s, self.rho_min, self.tau, self.tau_alone = s, rho_min, tau, tau_alone
         self.realised = realised
 
@@ -297,63 +312,6 @@ class Edge(StepRule):
         return tau * (2 * statistics.loss.clamp_min(0) / smoothness).sqrt()
 
 
-class RayleighEdge(StepRule):
-    """For plain (momentum) SGD: a share of the inverse curvature along the gradient, and trust.
-
-    ``a = s exp(-mean log(g^T GGN g / ||g||^2))`` in units of the heavy ball, and the trust region
-    (Thm 3.6) on ``g``, whose ``tau`` is a calibrated heuristic under momentum. Along tuned SGD this
-    Rayleigh quotient times the step is nearly the same on many problems; the rule is young, and was
-    seen to diverge on two.
-
-    Args:
-        s: share of the inverse Rayleigh quotient.
-        tau: of the trust region.
-
-    Raises:
-        ValueError: if a constant is out of range.
-
-    Example:
-        >>> rule, statistics = RayleighEdge(), Statistics(0.9)
-        >>> statistics.loss = torch.tensor(4.0)
-        >>> from conjopt.optim.statistics import Measurement
-        >>> found = Measurement(change=torch.tensor(1.0), log_ratio=torch.tensor(3.0).log())
-        >>> statistics.see(found, None)
-        >>> rule.after_measuring(statistics, False, None)
-        >>> rule.step_size(statistics, 1.0, False)  # 0.3 / 3
-        tensor(0.1000)
-    """
-
-    name = "edge"
-
-    def __init__(self, s: float = 0.3, tau: float = 3.0) -> None:
-        _check_range("RayleighEdge", "s", s, 2)
-        _check_range("RayleighEdge", "tau", tau)
-        self.s, self.tau = s, tau
-
-    def after_measuring(self, statistics: Statistics, trust_only: bool, gate: Gate) -> None:
-        """Fix the edge step until the next measurement.
-
-        Args:
-            statistics: whose ``edge`` is written to.
-            trust_only: whether the curvature could not be measured.
-            gate: () whether the step is taken.
-        """
-        if not trust_only:
-            edge = self.s * torch.exp(-statistics.mean("log_ratio"))
-            statistics.edge = choose(gate, edge, statistics.edge)
-
-    def limits(
-        self, statistics: Statistics, smoothness: float | None, trust_only: bool
-    ) -> dict[str, Tensor]:
-        """See `StepRule.limits`."""
-        trust = trust_region(statistics.loss, statistics.change, self.tau, smoothness)
-        return (
-            {"trust region": trust}
-            if trust_only
-            else {"edge": statistics.edge, "trust region": trust}
-        )
-
-
 class Constant(StepRule):
     """The step is ``lr`` itself, as in torch; nothing is measured.
 
@@ -375,7 +333,7 @@ class Constant(StepRule):
         return {}
 
 
-def _check_range(
+def check_range(
     owner: str, name: str, value: float, most: float = math.inf, *, zero: bool = False
 ) -> None:
     ok = math.isfinite(value) and (value > 0 or (zero and value == 0)) and value <= most
