@@ -23,7 +23,7 @@ ERRORS = 2.0  # and by so many standard errors of the slow mean
 PATIENCE = 50.0  # steps without a new least value
 HORIZON = 0.05  # or this share of the run so far, if it is longer
 LATENCY = 50.0  # steps until a brake shows in the slow mean
-DOWN, UP, LEAST = 0.6, 1.1, 0.05
+DOWN, UP, LEAST = 0.6, 1.1, 0.02
 
 
 def watch_loss(statistics: Statistics, loss: Tensor, gate: Gate) -> None:
