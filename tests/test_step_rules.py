@@ -183,7 +183,7 @@ def test_the_greatest_curvature_is_in_the_metric_of_the_rates(products):
         vector = matrix @ (vector / vector.norm())
     top = float(vector.norm())
     assert optimizer.status().top_curvature == pytest.approx(top, rel=1e-9)
-    assert optimizer.status().step_size == pytest.approx(0.5 * 0.7 / top / 10, rel=1e-9)  # ramp
+    assert optimizer.status().step_size == pytest.approx(0.5 * rule.s / top / 10, rel=1e-9)  # ramp
     greatest = float(torch.linalg.eigvalsh(matrix)[-1])
     assert top <= greatest * (1 + 1e-9)
     if products == 60:
@@ -205,8 +205,8 @@ def test_the_correlation_along_the_gradient_is_of_two_halves():
     assert status.correlation == pytest.approx(inner / float(whole @ whole), rel=1e-9)
     noise = float((halves[0] - halves[1]).square().sum()) / (2 / 3)
     assert status.gradient_energy == pytest.approx(inner + noise, rel=1e-9)
-    rho = max(status.correlation, 0.05)
-    expected = 0.7 / status.top_curvature / (1 + 0.3 * (1 / rho - 1)) / 10
+    rho = max(status.correlation, rule.rho_min)
+    expected = rule.s / status.top_curvature / (1 + rule.damping * (1 / rho - 1)) / 10
     assert status.limits["edge"] == pytest.approx(expected, rel=1e-9)
 
 

@@ -63,8 +63,8 @@ class GradientEdge(StepRule):
 
     def __init__(
         self,
-        s: float = 0.7,
-        damping: float = 0.3,
+        s: float = 0.6,
+        damping: float = 0.2,
         rho_min: float = 0.05,
         stable: float = 1.5,
         tau: float = 3.0,
