@@ -60,7 +60,8 @@ def judge(statistics: Statistics, gate: Gate, settled: int) -> None:
     rises = rises & (now - statistics.braked_at >= LATENCY) & ~best & (now >= settled)
     waited = now - statistics.lowest_at > torch.clamp(HORIZON * now, min=PATIENCE)
     less = rises | (waited & ~best)
-    factor = torch.where(less, DOWN, torch.where(best, UP, 1.0))
+    one = torch.ones_like(mean)  # in its precision, which bare numbers would not have
+    factor = torch.where(less, DOWN * one, torch.where(best, UP * one, one))
     new = {
         "start": start,
         "lowest": torch.where(best, mean, statistics.lowest),
