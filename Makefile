@@ -38,7 +38,12 @@ bench: $(VENV)/.ready
 	$(BIN)/python tests/benchmarks/loss_time.py
 	$(BIN)/python tests/benchmarks/measuring.py
 	$(BIN)/python tests/benchmarks/weak_spots.py
-	if [ -d "$(DATA)" ]; then $(BIN)/python tests/benchmarks/training.py --data "$(DATA)"; fi
+	if [ -d "$(DATA)" ]; then \
+	  $(BIN)/python tests/benchmarks/training.py --data "$(DATA)" && \
+	  $(BIN)/python tests/benchmarks/plain_sgd.py --data "$(DATA)" && \
+	  $(BIN)/python tests/benchmarks/batch_size.py --data "$(DATA)" && \
+	  $(BIN)/python tests/benchmarks/convergence.py --data "$(DATA)" --out docs/images --cost; \
+	fi
 
 clean:
 	rm -rf $(VENV) docs/_build demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
