@@ -46,6 +46,9 @@ def draw(ledgers: Mapping[str, ConvergenceLedger], path: Path, title: str) -> No
     )
     for axis, name in zip(axes[:, 0], names, strict=True):
         axis.set_ylabel(name, fontsize=11)
+    if min(ledger.steps[-1].risk_after for ledger in ledgers.values()) < 0.05:
+        axes[0, 0].set_yscale("symlog", linthresh=1e-2)
+        axes[0, 0].set_ylim(bottom=-1e-3)
     for row in axes:
         row[-1].legend(fontsize=9.5, framealpha=0.85, loc="best")
     figure.suptitle(f"Thm 3.1 along whole runs: {title}", fontsize=14)
@@ -71,8 +74,6 @@ def risk(axis: Axes, ledger: ConvergenceLedger) -> None:
     """The risk before each step, and the floor."""
     axis.plot(column_of(ledger, "risk"), color=BLUE, linewidth=1.8, label="$R$")
     axis.axhline(ledger.floor, color="0.35", linestyle="--", linewidth=1.3, label="floor $R_*$")
-    axis.set_yscale("symlog", linthresh=1e-2)
-    axis.set_ylim(bottom=-1e-3)
 
 
 def step_sizes(axis: Axes, ledger: ConvergenceLedger) -> None:
