@@ -74,6 +74,7 @@ MEASURED = st.lists(
         st.one_of(st.none(), st.floats(-1, 1)),  # correlation, if there were two halves
         st.floats(1e-3, 1e3),  # V
         st.floats(0, 1e3),  # the loss
+        st.floats(1e-3, 1e3),  # ||u||
     ),
     min_size=1,
     max_size=30,
@@ -96,18 +97,19 @@ def test_the_limits_of_the_edge(measured, constants, steps, braked, smoothness):
     rule = GradientEdge(**constants)
     statistics = Statistics(0.9, dtype=torch.float64)
     statistics.brake, statistics.steps = number(braked), number(steps)
-    log_top, correlation, top, change = Mean(SLOW["log_top"]), Mean(0.9), 0.0, 0.0
-    for i, (hi, rho, v, _) in enumerate(measured):
-        found = Measurement(change=number(v), top=number(hi))
+    log_top, correlation, top, gain = Mean(SLOW["log_top"]), Mean(0.9), 0.0, 0.0
+    for i, (hi, rho, v, _, length) in enumerate(measured):
+        found = Measurement(change=number(v), top=number(hi), length=number(length))
         found.correlation = None if rho is None else number(rho)
         statistics.see(found, None)
         log_top.see(math.log(hi))
         top = hi if i == 0 else max(hi, 0.9 * top + 0.1 * hi)
-        change = v if i == 0 else max(v, 0.9 * change + 0.1 * v)
+        gain = v / length if i == 0 else max(v / length, 0.9 * gain + 0.1 * v / length)
         if rho is not None:
             correlation.see(rho)
-    loss = measured[-1][3]
+    loss, length = measured[-1][3], 2.0
     statistics.loss, statistics.lowest = number(loss), number(1.0)
+    statistics.length = number(length)
     statistics.slow, statistics.slow_weight = number(1.0), number(1.0)  # the brake rests here
     statistics.start, statistics.lowest_at = number(1.0), number(steps)
     rule.after_measuring(statistics, False, None)
@@ -116,12 +118,14 @@ def test_the_limits_of_the_edge(measured, constants, steps, braked, smoothness):
     rho = min(max(rho, rule.rho_min), 1)
     share = braked * min((steps + 1) / gradient_rules.RAMP, 1)
     share /= 1 + rule.damping * (1 / rho - 1)
-    radius = math.sqrt(2 * loss / 0.5) if smoothness else min(math.sqrt(2 * loss), 1)
+    risk = min(loss, gradient_rules.RISEN)  # times the least so far
+    reach = gradient_rules.REACH
+    radius = rule.tau * math.sqrt(2 * risk / 0.5) if smoothness else min(math.sqrt(2 * risk), reach)
     limits = rule.limits(statistics, smoothness, False)
     expected = {
         "edge": share * rule.s / math.exp(log_top()),
         "stability": share * rule.stable / top,
-        "trust region": rule.tau * radius / change,
+        "trust region": radius / (gain * length),
     }
     assert list(limits) == list(expected)
     assert {n: float(v) for n, v in limits.items()} == pytest.approx(expected, rel=1e-9)

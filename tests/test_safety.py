@@ -122,10 +122,7 @@ def settings_of(losses: list[str]) -> st.SearchStrategy[Setting]:
     )
 
 
-def check(setting: Setting) -> None:
-    outcome = run(setting)
-    # Beyond, squares of gradients are not finite in float32, and every step is given up.
-    assume(outcome.first < 1e10)
+def check(outcome: Outcome) -> None:
     assert outcome.finite, outcome
     assert outcome.safe, outcome
 
@@ -133,14 +130,14 @@ def check(setting: Setting) -> None:
 @settings(max_examples=30, derandomize=True)
 @given(settings_of(["softmax", "squared", "logistic", "sparsemax"]))
 def test_a_run_stays_finite_and_does_not_end_above_its_start(setting: Setting):
-    check(setting)
+    outcome = run(setting)
+    # Beyond, squares of gradients are not finite in float32, and every step is given up.
+    assume(outcome.first < 1e10)
+    check(outcome)
 
 
-COUNTEREXAMPLES = [
-    # The loss doubles at each step for eight steps without a measurement; the trust region grows
-    # with the running loss, and its output change is of before.
-    Setting("squared", "relu", 10.0, 100.0, 2, 1.0, 4082),
-    # Where the predicted rates are small so is the curvature, and outputs may change by tau = 3.
+CURED = [  # of earlier rules
+    # Where the predicted rates are small so is the curvature, and outputs could change by 3.
     Setting("Poisson", "tanh", 1.0, 100.0, 2, 0.2, 3927),
     Setting("Poisson", "linear", 0.01, 1000.0, 2, 0.0, 3621),
     Setting("Poisson", "relu", 1.0, 1.0, 8, 1.0, 3211),
@@ -149,9 +146,20 @@ COUNTEREXAMPLES = [
     Setting("Poisson", "relu", 0.1, 10.0, 4, 1.0, 5969),
     Setting("Poisson", "tanh", 1.0, 1.0, 4, 1.0, 7882),
 ]
+# Two samples a step, targets that are noise alone: between two measurements the loss rises tenfold,
+# and has not come back after 200 steps. It stays finite.
+KNOWN = Setting("squared", "relu", 10.0, 100.0, 2, 1.0, 4082)
 
 
-@pytest.mark.xfail(strict=True, reason="known failures of GradientEdge, to be cured in the rule")
-@pytest.mark.parametrize("setting", COUNTEREXAMPLES, ids=lambda s: f"{s.loss}-{s.net}-{s.seed}")
-def test_known_counterexamples(setting: Setting):
-    check(setting)
+@pytest.mark.parametrize("setting", CURED, ids=lambda s: f"{s.loss}-{s.net}-{s.seed}")
+def test_found_counterexamples(setting: Setting):
+    check(run(setting))
+
+
+def test_a_known_counterexample_stays_finite():
+    assert run(KNOWN).finite
+
+
+@pytest.mark.xfail(strict=True, reason="a known failure of GradientEdge")
+def test_a_known_counterexample():
+    check(run(KNOWN))

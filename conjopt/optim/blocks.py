@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conjopt.measure.parts import inner_products
 from conjopt.optim.gate import Gate, choose
 
 __all__ = ["Blocks"]
@@ -108,6 +109,21 @@ class Blocks:
             if group["coupled_weight_decay"] and group["weight_decay"] != 0:
                 gradients[i] = gradients[i].add(parameter, alpha=group["weight_decay"])
         self.gradients = gradients
+
+    def along(self, directions: Sequence[Tensor], what: str) -> Tensor:
+        """() ``<g, u>`` or ``||u||`` of the batch, with the blocks' weights.
+
+        Args:
+            directions: ``u``.
+            what: "slope" or "length".
+        """
+        weighed = [
+            u if isinstance(w, float) and w == 1 else u * w
+            for u, w in zip(directions, self.weights, strict=True)
+        ]
+        if what == "slope":
+            return inner_products(self.gradients, weighed).sum()
+        return torch.nn.utils.get_total_norm(weighed)
 
     def move(self, directions: Sequence[Tensor], max_decay: float, gate: Gate) -> None:
         """``theta <- theta (1 - min(weight_decay a, max_decay)) - a w u``.

@@ -9,11 +9,13 @@ from conjopt.optim.statistics import Statistics
 
 __all__ = ["conditions"]
 
+RECENT = 100  # recorded steps that the conditions speak of: one of long ago is history
+
 
 def conditions(
     ledger: ConvergenceLedger | None, statistics: Statistics, step_size: float, held_out: bool
 ) -> tuple[Condition, ...]:
-    """C1 to C4, from a ledger's records, or from the measurements of the steps alone.
+    """C1 to C4, from a ledger's last records, or from the measurements of the steps alone.
 
     Args:
         ledger: of the run; None for none.
@@ -22,7 +24,7 @@ def conditions(
         held_out: whether slopes are held out; else the greatest curvature is measured.
     """
     if ledger is not None and ledger.steps:
-        return tuple(ledger.conditions())
+        return tuple(ledger.conditions(last=min(RECENT, len(ledger.steps))))
     remedy = "; make the optimizer with ledger= to have it recorded"
     loss = float(statistics.loss)
     finite = math.isfinite(loss)

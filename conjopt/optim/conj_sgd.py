@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from conjopt.bounds import ConvergenceLedger
 from conjopt.measure.curvature import JacobianProduct
 from conjopt.measure.observation import Batch
-from conjopt.measure.parts import inner_products
 from conjopt.measure.watch import Watch
 from conjopt.optim import checks, measuring
 from conjopt.optim.batch_rule import BatchAdvisor, BatchRule, Recommendation
@@ -278,8 +277,8 @@ class ConjSGD(Optimizer):
         # Decide.
         if batch is not None:
             statistics.see_loss(loss, gate)
-            slope = self._slope(blocks, u) if self._rule.own_slope else None
-            self._rule.before_step(statistics, loss, slope, gate)
+            told = blocks.along(u, self._rule.asks) if self._rule.asks else None
+            self._rule.before_step(statistics, loss, told, gate)
         if found is not None:
             if self._trust_only and not found.trust_only:
                 statistics.restart(gate)
@@ -294,7 +293,7 @@ class ConjSGD(Optimizer):
         # Step.
         self._direction.commit(blocks.gradients, blocks.states, blocks.groups, pending, gate)
         blocks.move(u, self._max_decay, gate)
-        self._recording.end(start)
+        self._recording.end(start, self._calls)
         statistics.count(gate)
         if self._average:
             blocks.average(choose(gate, 1 / (self._average * statistics.steps + 1), 0.0))
@@ -558,17 +557,6 @@ class ConjSGD(Optimizer):
             group["step_size"] = size if least is None else choose(gate, size, 0.0)
 
     # What the step needs to know.
-
-    @staticmethod
-    def _slope(blocks: Blocks, directions: list[Tensor]) -> Tensor:
-        """() ``<g, u>`` of the batch, with the blocks' weights."""
-        weights = torch.stack(
-            [
-                torch.as_tensor(w, device=u.device)
-                for w, u in zip(blocks.weights, directions, strict=True)
-            ]
-        )
-        return (weights * inner_products(blocks.gradients, directions)).sum()
 
     def _due(self) -> bool:
         """Whether the next step measures."""

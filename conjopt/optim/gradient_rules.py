@@ -18,6 +18,8 @@ __all__ = ["GradientEdge", "PolyakStep", "Smoothness"]
 RAMP = 10  # first steps over which the step grows to what the rule says
 SETTLED = 20  # steps after which the slow mean of the losses tells something
 UNKNOWN = 0.3  # correlation where there are no halves to measure it by
+RISEN = 4.0  # most that counts of the running loss, over the least slow mean
+REACH = 0.3  # change of outputs that a step may make where no Lipschitz constant bounds the loss
 
 
 class GradientEdge(StepRule):
@@ -39,8 +41,9 @@ class GradientEdge(StepRule):
         rho_min: least correlation that counts.
         stable: of the limit by the upper envelope of L; a heavy ball is stable to
             ``2 (1 + momentum)`` on a quadratic without noise.
-        tau: of the trust region; where the link has no Lipschitz constant (Poisson), no output is
-            to change by more than ``tau``, in root mean square.
+        tau: of the trust region. Where the link has no Lipschitz constant (Poisson), the outputs
+            are to change by no more than 0.3 in root mean square, whatever tau: a heavy ball makes
+            about ten such steps one after the other.
 
     Raises:
         ValueError: if a constant is out of range.
@@ -60,6 +63,7 @@ class GradientEdge(StepRule):
     """
 
     name = "edge"
+    asks = "length"
 
     def __init__(
         self,
@@ -77,9 +81,11 @@ class GradientEdge(StepRule):
         self.s, self.damping, self.rho_min, self.stable, self.tau = s, damping, rho_min, stable, tau
 
     def before_step(
-        self, statistics: Statistics, loss: Tensor, slope: Tensor | None, gate: Gate
+        self, statistics: Statistics, loss: Tensor, told: Tensor | None, gate: Gate
     ) -> None:
-        """Let the brake see the loss."""
+        """Let the brake see the loss, and the trust region the length of ``u``."""
+        assert told is not None
+        statistics.length = choose(gate, told.to(statistics.length), statistics.length)
         brake.watch_loss(statistics, loss, gate)
 
     def after_measuring(self, statistics: Statistics, trust_only: bool, gate: Gate) -> None:
@@ -106,7 +112,9 @@ class GradientEdge(StepRule):
         return {
             "edge": statistics.edge,
             "stability": statistics.cap,
-            "trust region": _trust(statistics, self.tau, smoothness),
+            "trust region": _trust(
+                statistics, self.tau, smoothness, statistics.gain * statistics.length
+            ),
         }
 
 
@@ -189,7 +197,7 @@ class PolyakStep(StepRule):
 
     name = "polyak"
     products = 0
-    own_slope = True
+    asks = "slope"
 
     def __init__(self, s: float = 1.0, tau: float = 1.0) -> None:
         check_range("PolyakStep", "s", s, 2)
@@ -197,11 +205,11 @@ class PolyakStep(StepRule):
         self.s, self.tau = s, tau
 
     def before_step(
-        self, statistics: Statistics, loss: Tensor, slope: Tensor | None, gate: Gate
+        self, statistics: Statistics, loss: Tensor, told: Tensor | None, gate: Gate
     ) -> None:
         """Take the Polyak step of the batch."""
-        assert slope is not None
-        statistics.cap = choose(gate, self.s * polyak_cap(loss, slope), statistics.cap)
+        assert told is not None
+        statistics.cap = choose(gate, self.s * polyak_cap(loss, told), statistics.cap)
 
     def after_measuring(self, statistics: Statistics, trust_only: bool, gate: Gate) -> None:
         """Nothing: the trust region follows the measurements."""
@@ -212,14 +220,20 @@ class PolyakStep(StepRule):
         """See `StepRule.limits`."""
         return {
             "Polyak step": statistics.cap,
-            "trust region": _trust(statistics, self.tau, smoothness),
+            "trust region": _trust(statistics, self.tau, smoothness, statistics.change),
         }
 
 
-def _trust(statistics: Statistics, tau: float, smoothness: float | None) -> Tensor:
-    """The trust region; without a Lipschitz constant, on the outputs themselves."""
+def _trust(statistics: Statistics, tau: float, smoothness: float | None, change: Tensor) -> Tensor:
+    """The trust region, for no more risk than some times the least so far.
+
+    A loss that has risen is no licence for longer steps. Without a Lipschitz constant the outputs
+    are to change by no more than ``REACH`` in root mean square, or by ``sqrt(2 L)`` if less.
+    """
+    most = torch.where(statistics.lowest.isnan(), torch.inf, RISEN * statistics.lowest)
+    loss = torch.minimum(statistics.loss, most)
     if smoothness is not None:
-        return trust_region(statistics.loss, statistics.change, tau, smoothness)
-    radius = tau * (2 * statistics.loss.clamp_min(0)).sqrt().clamp(max=1)
-    moving = statistics.change > 0
-    return torch.where(moving, radius / torch.where(moving, statistics.change, 1.0), torch.inf)
+        return trust_region(loss, change, tau, smoothness)
+    radius = (2 * loss.clamp_min(0)).sqrt().clamp(max=REACH)
+    moving = change > 0
+    return torch.where(moving, radius / torch.where(moving, change, 1.0), torch.inf)

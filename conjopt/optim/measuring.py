@@ -226,6 +226,7 @@ def along_gradient(
         change=response.change,
         raw_slope=inner_products(gradients, along).sum(),
         curvature=response.curvature,
+        length=inner_products(along, along).sum().sqrt(),
     )
     if products:
         measurement.top = _top(batch, forward, blocks, product, products)

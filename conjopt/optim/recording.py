@@ -62,14 +62,15 @@ class Recording:
             inputs = Arguments(replay.args, replay.kwargs) if replay.args else replay.kwargs
         return self.ledger.begin(inputs, observation.targets)
 
-    def end(self, start: LedgerStart | None) -> None:
+    def end(self, start: LedgerStart | None, calls: int) -> None:
         """Record the step, after the parameters moved.
 
         Args:
             start: what `begin` returned.
+            calls: of ``step`` before this one.
         """
         if self.ledger is not None and start is not None:
-            self.ledger.end(start)
+            self.ledger.end(start, step=calls)
 
     @property
     def extremes(self) -> tuple[float, float]:

@@ -22,6 +22,8 @@ SCALARS = (
     *MEANS,
     *WEIGHTS,
     "change",
+    "gain",
+    "length",
     "top",
     "loss",
     "edge",
@@ -46,6 +48,7 @@ class Measurement:
         slope: unbiased ``<G, u>``; None where there is no second half to take it from.
         raw_slope: ``<g, u>``.
         curvature: ``u^T GGN u``.
+        length: ``||u||``, of a direction along the gradient.
         top: ``hi(GGN_B)`` of the batch, from below.
         correlation: ``<g1, g2> / ||g||^2`` of two halves, an estimate of ``rho_m`` (Thm 3.2).
         mean_square: estimate of ``||G||^2``; None where there are no halves.
@@ -56,10 +59,18 @@ class Measurement:
     slope: Tensor | None = None
     raw_slope: Tensor | None = None
     curvature: Tensor | None = None
+    length: Tensor | None = None
     top: Tensor | None = None
     correlation: Tensor | None = None
     mean_square: Tensor | None = None
     noise: Tensor | None = None
+
+    @property
+    def gain(self) -> Tensor | None:
+        """() ``V / ||u||``, finite also where nothing moves."""
+        if self.length is None:
+            return None
+        return self.change / self.length.clamp_min(torch.finfo(self.length.dtype).tiny)
 
     @property
     def log_top(self) -> Tensor | None:
@@ -84,6 +95,9 @@ class Statistics:
         skipped: () steps given up for a value that was not finite.
         reach: () largest step that was tried on the outputs and held; infinite for no limit.
         share: () of the step that is tried next.
+        change: () upper envelope of ``V``.
+        gain: () upper envelope of ``V / ||u||``.
+        length: () ``||u||`` of the step at hand, if the step rule asks for it.
         top: () upper envelope of ``hi(GGN_B)``.
         brake: () factor of the step, below 1 where the loss does not fall (`conjopt.optim.brake`).
 
@@ -126,6 +140,8 @@ class Statistics:
     share: Tensor
     below: Tensor
     lowered: Tensor
+    gain: Tensor
+    length: Tensor
     top: Tensor
     slow: Tensor
     slow_weight: Tensor
@@ -162,8 +178,8 @@ class Statistics:
                 self._lerp(f"{name}_weight", torch.ones_like(self.weight), slow, gate)
         first = self.weight == 0
         self._lerp("weight", torch.ones_like(self.weight), share, gate)
-        for name in ("change", "top"):
-            value = getattr(found, name)
+        seen = {"change": found.change, "gain": found.gain, "top": found.top}
+        for name, value in seen.items():
             if value is not None:
                 old, value = getattr(self, name), value.to(self.weight)
                 envelope = torch.maximum(value, old.lerp(value, share))

@@ -105,7 +105,8 @@ class StepRule(abc.ABC):
         name: as `ConjSGD` takes it.
         measures: whether it needs the loop to be watched.
         products: curvature products of a measurement along the gradient, for ``hi(GGN_B)``.
-        own_slope: whether each step tells it the slope ``<g, u>`` of its batch.
+        asks: what each step is to tell it of its batch: "slope" ``<g, u>``, "length" ``||u||``, or
+            nothing.
 
     Example:
         >>> class TrustAlone(StepRule):
@@ -126,17 +127,17 @@ class StepRule(abc.ABC):
     name: ClassVar[str]
     measures: ClassVar[bool] = True
     products: int = 2
-    own_slope: ClassVar[bool] = False
+    asks: ClassVar[str] = ""
 
     def before_step(  # noqa: B027
-        self, statistics: Statistics, loss: Tensor, slope: Tensor | None, gate: Gate
+        self, statistics: Statistics, loss: Tensor, told: Tensor | None, gate: Gate
     ) -> None:
         """Take in what every step tells; nothing, unless a rule needs it.
 
         Args:
             statistics: written to.
             loss: () of the batch, over the floor.
-            slope: () ``<g, u>`` of the batch, if the rule asks for it.
+            told: () what the rule asks for.
             gate: () whether the step is taken.
         """
 
