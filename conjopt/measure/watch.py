@@ -113,7 +113,8 @@ class Watch:
             wrapper: that the loop calls.
         """
         self._wrapper = weakref.ref(wrapper)
-        self._handles.append(wrapper.register_forward_hook(Hook(self, "_after_wrapper")))
+        if getattr(wrapper, "module", None) is self.model:  # else its outputs are others
+            self._handles.append(wrapper.register_forward_hook(Hook(self, "_after_wrapper")))
         group = getattr(wrapper, "process_group", None)
         if self.ranks.group is None and group is not None:
             self.ranks = Ranks(group)
@@ -324,7 +325,8 @@ class Watch:
         forward = None if self._latest is None else self._latest()
         if forward is not None and not self._paused:
             leaves = enumerate(tree_leaves(output))
-            self._mark(forward, [(p, leaf) for p, leaf in leaves if p in forward.samples])
+            passed = [(p, t) for p, t in leaves if p in forward.samples and isinstance(t, Tensor)]
+            self._mark(forward, passed)
 
     def _mark(self, forward: Forward, tensors: Sequence[tuple[int, Tensor]]) -> None:
         for place, tensor in tensors:

@@ -21,6 +21,7 @@ from torch.testing import assert_close
 
 from conjopt import AdaptiveBatchSampler, ConjSGD
 from conjopt.bounds import ConvergenceLedger
+from conjopt.optim import Edge
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch has no distributed")
 LIMIT = datetime.timedelta(seconds=60)
@@ -268,6 +269,15 @@ RULES = {
 def test_two_ranks_are_one_process_on_the_joined_batch(two, rule):
     data = batches(8, 12)
     agree(same(two(ddp_run, RULES[rule], dealt(data, 2))), alone_run(RULES[rule], whole(data)))
+
+
+def test_a_step_that_is_tried_and_cut(two):
+    options = {"step_rule": Edge(realised=0.05)}
+    data = [(x[:size], y[:size]) for (x, y), size in zip(batches(8, 12), [12] * 6 + [7, 5])]
+    found = same(two(ddp_run, options, dealt(data, 2), reduction="sum"))
+    assert found["statistics reach"].isfinite()  # the trial binds
+    assert found["statistics share"] < 1
+    agree(found, alone_run(options, whole(data), reduction="sum"))
 
 
 @pytest.mark.parametrize("rule", ["spectral edge", "sgd edge"])
@@ -652,6 +662,8 @@ def refusals() -> None:
     with pytest.raises(RuntimeError, match=r"SyncBatchNorm.*use BatchNorm, or step_rule='const"):
         ConjSGD(other.parameters(), **options)
     ConjSGD(other.parameters(), **options, step_rule="constant")
+    with pytest.raises(TypeError, match=r"compiled DistributedDataParallel.*compile the inner mod"):
+        ConjSGD(model.parameters(), model=torch.compile(ddp), loss=criterion)
     alone = distributed.new_group([0])
     if distributed.get_rank() == 1:
         with pytest.raises(ValueError, match="process 1 is not in the process group"):
