@@ -4,6 +4,7 @@ Two or three gloo processes on a CPU stay up for the whole module and run the fu
 are named after what they do; what these return comes back as a list over the ranks.
 """
 
+import contextlib
 import datetime
 import itertools
 import os
@@ -168,17 +169,15 @@ def train(
     data: list[list[tuple[Tensor, Tensor, float]]],
     call: nn.Module | None = None,
     clip: float | None = None,
+    waits: bool = True,
 ) -> None:
     """A step for each list of micro-batches (inputs, targets, factor)."""
     call = model if call is None else call
     for micro in data:
         optimizer.zero_grad()
         for number, (x, y, factor) in enumerate(micro):
-            waits = number < len(micro) - 1 and isinstance(call, DistributedDataParallel)
-            if waits:
-                with call.no_sync():
-                    (criterion(call(x), y) * factor).backward()
-            else:
+            last = number == len(micro) - 1 or not isinstance(call, DistributedDataParallel)
+            with contextlib.nullcontext() if last or not waits else call.no_sync():
                 (criterion(call(x), y) * factor).backward()
         if clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -201,6 +200,7 @@ def ddp_run(
     wrap: dict[str, Any] | None = None,
     give: str = "wrapper",
     kind: str = "plain",
+    waits: bool = True,
 ) -> dict[str, Any]:
     """On every rank: a run on its own list of steps."""
     model = network(kind)
@@ -224,7 +224,7 @@ def ddp_run(
                 p.grad /= distributed.get_world_size()
             optimizer.step()
     else:
-        train(model, optimizer, criterion, data[distributed.get_rank()], ddp, clip)
+        train(model, optimizer, criterion, data[distributed.get_rank()], ddp, clip, waits)
     return left(model, optimizer)
 
 
@@ -306,7 +306,8 @@ def test_clipping_and_groups(two, rule):
     assert not torch.allclose(found["statistics noise"], unclipped["statistics noise"])
 
 
-def test_accumulation_without_synchronising(two):
+@pytest.mark.parametrize("waits", [True, False], ids=["no_sync", "averaged each time"])
+def test_accumulation(two, waits):
     # Rank 1 has two micro-batches, the last of which shows the curvature; rank 0 its own in two.
     zero, one = batches(6, 8), batches(6, 6)
     ranks = [
@@ -316,7 +317,7 @@ def test_accumulation_without_synchronising(two):
     joined = [
         [(*zero[t], 0.5), *((x, y, factor / 2) for x, y, factor in ranks[1][t])] for t in range(6)
     ]
-    agree(same(two(ddp_run, {}, ranks)), alone_run({}, joined))
+    agree(same(two(ddp_run, {}, ranks, waits=waits)), alone_run({}, joined))
 
 
 @pytest.mark.slow
