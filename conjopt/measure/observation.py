@@ -144,6 +144,18 @@ class Batch:
         return sum_of(excess) / self.weight
 
     @property
+    def samples(self) -> int:
+        """Samples of all forwards; reads nothing from a device."""
+        # Gradients tell which outputs count, but are kept on measuring steps only.
+        sizes = {
+            o.forward: max(o.forward.samples.values())
+            if o.place is None
+            else o.forward.samples[o.place]
+            for o in self.observations
+        }
+        return sum(sizes.values())
+
+    @property
     def forwards(self) -> list[Forward]:
         """The model's forwards behind the observations, each once."""
         return list(dict.fromkeys(o.forward for o in self.observations))

@@ -16,7 +16,15 @@ from torch import Tensor
 from conjopt.measure.noise import halves
 from conjopt.measure.observation import Batch, Forward, Observation, sum_of
 
-__all__ = ["Parts", "Response", "curvature_product", "inner_products", "respond", "split"]
+__all__ = [
+    "Parts",
+    "Response",
+    "curvature_product",
+    "inner_products",
+    "of_parts",
+    "respond",
+    "split",
+]
 
 
 @dataclasses.dataclass(eq=False)
@@ -29,13 +37,22 @@ class Parts:
         sizes: samples in each part.
         forward: a forward that holds samples of the second part.
         mask: (m,) which of its samples belong to the second part; None for all.
+        here: whether it does; one of another process may.
     """
 
     first: list[Tensor]
     second: list[Tensor]
-    sizes: tuple[int, int]
+    sizes: tuple[int, int] | tuple[Tensor, Tensor]
     forward: Forward
     mask: Tensor | None
+    here: bool = True
+
+    @property
+    def noise(self) -> tuple[Tensor, Tensor]:
+        """() estimates of ``||G||^2`` and ``S^2``, those of `noise_from_halves`."""
+        apart = torch._foreach_sub(self.first, self.second)
+        distance, (h1, h2) = inner_products(apart, apart).sum(), self.sizes
+        return inner_products(self.first, self.second).sum(), distance / (1 / h1 + 1 / h2)
 
 
 @dataclasses.dataclass(eq=False)
@@ -45,10 +62,12 @@ class Response:
     Attributes:
         curvature: () ``q = mean_i (J_i u)^T H_i (J_i u)`` (Thm 2.6).
         change: () ``V = rms_i ||J_i u||`` on the tangent space (Thm 3.6).
+        weight: () ``sum kappa c`` of the samples.
     """
 
     curvature: Tensor
     change: Tensor
+    weight: Tensor
 
 
 def split(
@@ -87,9 +106,27 @@ def split(
     # Each by itself: one less the other would be rounding where a part has no weight.
     first_share, second_share = (_weight(batch, *pull) / batch.weight for pull in pulls)
     first = _pull(*pulls[0], parameters, batch.weight)
-    if changed:
-        second = _pull(*pulls[1], parameters, batch.weight)
-        total = torch._foreach_add(first, second)
+    second = _pull(*pulls[1], parameters, batch.weight) if changed else None
+    g1, g2 = of_parts(gradients, first, second, (first_share, second_share))
+    return Parts(g1, g2, counts, forwards[-1], mask)
+
+
+def of_parts(
+    gradients: Sequence[Tensor],
+    first: Sequence[Tensor],
+    second: Sequence[Tensor] | None,
+    shares: tuple[Tensor, Tensor],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """``g1`` and ``g2`` from what came to ``g`` through each part of a batch.
+
+    Args:
+        gradients: g.
+        first: ``w1 g1``.
+        second: ``w2 g2``, where g was changed since; None where it is the rest of g.
+        shares: () ``w1`` and ``w2``.
+    """
+    if second is not None:
+        total = torch._foreach_add(list(first), list(second))
         along = inner_products(gradients, total).sum()
         factor = along / inner_products(total, total).sum().clamp_min(_tiny(along))
         rest = torch._foreach_sub(list(gradients), [factor * t for t in total])
@@ -98,12 +135,12 @@ def split(
                 _over(factor * p, share, factor * t) + r
                 for p, t, r in zip(part, total, rest, strict=True)
             ]
-            for part, share in ((first, first_share), (second, second_share))
+            for part, share in zip((first, second), shares, strict=True)
         )
     else:
-        g2 = [_over(g - f, second_share, g) for g, f in zip(gradients, first, strict=True)]
-        g1 = [_over(f, first_share, g) for g, f in zip(gradients, first, strict=True)]
-    return Parts(g1, g2, counts, forwards[-1], mask)
+        g2 = [_over(g - f, shares[1], g) for g, f in zip(gradients, first, strict=True)]
+        g1 = [_over(f, shares[0], g) for g, f in zip(gradients, first, strict=True)]
+    return g1, g2
 
 
 def respond(
@@ -132,13 +169,18 @@ def respond(
         curvatures.append(factor * (rows * (moved * bent).sum(-1)).sum())
         squares.append(factor * (rows * tangent.square().sum(-1)).sum())
         weights.append(factor)
-    total = sum_of(weights) if mask is None else _weight(batch, [forward], mask)
-    total = torch.where(total > 0, total, 1.0)
-    return Response(sum_of(curvatures) / total, (sum_of(squares) / total).clamp_min(0).sqrt())
+    weight = sum_of(weights) if mask is None else _weight(batch, [forward], mask)
+    total = torch.where(weight > 0, weight, 1.0)
+    change = (sum_of(squares) / total).clamp_min(0).sqrt()
+    return Response(sum_of(curvatures) / total, change, weight)
 
 
 def curvature_product(
-    batch: Batch, forward: Forward, changes: Mapping[int, Tensor], parameters: Mapping[str, Tensor]
+    batch: Batch,
+    forward: Forward,
+    changes: Mapping[int, Tensor],
+    parameters: Mapping[str, Tensor],
+    total: Tensor,
 ) -> list[Tensor]:
     """``GGN_B u`` from ``J u``: the outputs' Hessians, then one vector-Jacobian product (Thm 2.6).
 
@@ -147,13 +189,13 @@ def curvature_product(
         forward: one of its forwards, whose samples are B.
         changes: ``J u`` by place among the output's leaves.
         parameters: by name, the model's own.
+        total: () ``sum kappa c`` of B, of which these samples may be a part.
 
     Returns:
         a tensor in the shape of each parameter, per-sample Fenchel-Young units.
     """
     assert forward.replay is not None
     reading = batch.potential_of
-    total = _weight(batch, [forward], None)
     cotangents: dict[int, Tensor] = {}
     for o in batch.observations:
         if o.forward is not forward or o.outputs is None:

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from conjopt.losses import potential_of
 from conjopt.measure.observation import Batch, Forward, Marks, Observation
+from conjopt.measure.process_group import Ranks
 from conjopt.measure.replay import Replay, refuse_reentrant
 
 __all__ = ["Hook", "Watch"]
@@ -34,6 +36,7 @@ class Backward:
     marks: Marks  # before it
     observations: list[Observation] = dataclasses.field(default_factory=list)
     gradients: list[tuple[Forward, int, Tensor]] = dataclasses.field(default_factory=list)
+    local: list[tuple[str, Tensor]] = dataclasses.field(default_factory=list)
     joined: bool = False
 
 
@@ -49,10 +52,13 @@ class Watch:
             operations.
         criterion: a loss that `conjopt.losses.potential_of` recognises.
         parameters: by their names in the model, those that are trained.
+        ranks: that the gradients are averaged over; those of the DistributedDataParallel that is
+            found to call the model, if there is one.
 
     Attributes:
         armed: whether the next batch will be measured: then inputs, outputs, their gradients and
-            the state of the random number generators are kept as well.
+            the state of the random number generators are kept as well, and what each backward adds
+            to ``.grad`` before it is averaged over ranks.
 
     Raises:
         TypeError: if the criterion is not recognised.
@@ -68,13 +74,22 @@ class Watch:
     """
 
     def __init__(
-        self, model: nn.Module, criterion: nn.Module, parameters: Mapping[str, nn.Parameter]
+        self,
+        model: nn.Module,
+        criterion: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        ranks: Ranks | None = None,
     ) -> None:
         self.model = model
         self.criterion = criterion
         self.parameters = dict(parameters)
         self.potential_of = potential_of(criterion)
         self.armed = False
+        self.ranks = Ranks() if ranks is None else ranks
+        self._wrapper: weakref.ref[nn.Module] | None = None  # that averages the gradients
+        self._local: dict[str, Tensor] = {}  # gradients before they are averaged, by parameter
+        self._local_hooks: dict[str, RemovableHandle] = {}
+        self._latest: weakref.ref[Forward] | None = None
         self._paused = False
         self._observations: list[Observation] = []
         self._marks: Marks = []
@@ -88,14 +103,29 @@ class Watch:
             model.register_forward_hook(Hook(self, "_after_forward"), with_kwargs=True),
             criterion.register_forward_hook(Hook(self, "_after_criterion"), with_kwargs=True),
         ]
+        self._handles = handles
         weakref.finalize(self, _remove, handles)
+
+    def wrapped_by(self, wrapper: nn.Module) -> None:
+        """Take note of the DistributedDataParallel around the model, whose group then counts.
+
+        Args:
+            wrapper: that the loop calls.
+        """
+        self._wrapper = weakref.ref(wrapper)
+        if getattr(wrapper, "module", None) is self.model:  # else its outputs are others
+            self._handles.append(wrapper.register_forward_hook(Hook(self, "_after_wrapper")))
+        group = getattr(wrapper, "process_group", None)
+        if self.ranks.group is None and group is not None:
+            self.ranks = Ranks(group)
 
     def batch(self) -> Batch:
         """What was observed since the last `clear`.
 
         Raises:
             RuntimeError: if no observation belongs to the gradients at hand, or one that comes
-                from several forwards; it says what was seen and what to do.
+                from several forwards, or if ranks may stop before others; it says what was seen
+                and what to do.
 
         Example:
             >>> model, criterion = nn.Linear(2, 1), nn.MSELoss()
@@ -106,6 +136,13 @@ class Watch:
                 ...
             RuntimeError: the gradients do not come from the criterion: MSELoss was not called ...
         """
+        if self.ranks.several and _join_is_on(self._wrapper):
+            raise RuntimeError(
+                "the model runs under torch.distributed.algorithms.Join, whose ranks take "
+                "different numbers of steps; the statistics of a step need all ranks: give them "
+                "as many batches each, such as those of conjopt.AdaptiveBatchSampler or a "
+                "DistributedSampler"
+            )
         if self._joined:
             raise RuntimeError(
                 f"{type(self.criterion).__name__} was given a tensor made from several forwards of "
@@ -167,6 +204,7 @@ class Watch:
             RuntimeError: the gradients do not come from the criterion: no backward pass went ...
         """
         self._observations.clear()
+        self._local = {}
         self._marks = []
         self._joined = False
 
@@ -180,7 +218,8 @@ class Watch:
             >>> watch.release()
         """
         self.clear()
-        self._token, self._kept = object(), None
+        self._token, self._kept, self._latest = object(), None, None
+        self.take_local()
         for handle in self._explicit:  # they hold what holds them
             handle.remove()
         self._explicit.clear()
@@ -222,14 +261,35 @@ class Watch:
         """
         return self._gradient_marks() != marks
 
+    def take_local(self) -> dict[str, Tensor]:
+        """What this rank added to ``.grad`` by name; kept if armed, and given away once.
+
+        Example:
+            >>> model, criterion = nn.Linear(2, 1), nn.MSELoss()
+            >>> Watch(model, criterion, dict(model.named_parameters())).take_local()
+            {}
+        """
+        for handle in self._local_hooks.values():
+            handle.remove()
+        self._local_hooks.clear()
+        local, self._local = self._local, {}
+        return local
+
     # Hooks, in the order in which a training step meets them.
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._watching(module):
             return
         self._kept = None  # of a forward that failed
+        wrapper = _active_wrapper()
+        if wrapper is not None and (self._wrapper is None or self._wrapper() is not wrapper):
+            self.wrapped_by(wrapper)
         if not self.armed:
             return
+        if self.ranks.several:
+            for name, parameter in self.parameters.items():
+                if parameter.requires_grad and name not in self._local_hooks:
+                    self._local_hooks[name] = parameter.register_hook(_local_keeper(self, name))
         # Copies, as the model or the loop may write to them before they are needed.
         copied = tree_map(_copied, (args, kwargs))
         self._kept = (*copied, Replay.random_state(self.model))
@@ -257,6 +317,18 @@ class Watch:
         if replay is not None:
             for place, tensor in tensors:
                 tensor.register_hook(_keeper(self, forward, place))
+        self._latest = weakref.ref(forward)
+        self._mark(forward, tensors)
+
+    def _after_wrapper(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The same for what the wrapper made of the outputs: it may have passed them on."""
+        forward = None if self._latest is None else self._latest()
+        if forward is not None and not self._paused:
+            leaves = enumerate(tree_leaves(output))
+            passed = [(p, t) for p, t in leaves if p in forward.samples and isinstance(t, Tensor)]
+            self._mark(forward, passed)
+
+    def _mark(self, forward: Forward, tensors: Sequence[tuple[int, Tensor]]) -> None:
         for place, tensor in tensors:
             if tensor.grad_fn is not None:
                 node: Any = tensor.grad_fn
@@ -341,9 +413,17 @@ class Watch:
         for forward, place, gradient in backward.gradients:
             kept = forward.gradients.get(place)
             forward.gradients[place] = gradient if kept is None else kept + gradient
+        for name, gradient in backward.local:
+            before = self._local.get(name)
+            self._local[name] = gradient if before is None else before + gradient
         self._joined |= backward.joined
         self._observations += backward.observations
         self._marks = marks
+        if self._wrapper is not None:  # which averages in a callback of its own
+            torch.autograd.Variable._execution_engine.queue_callback(self._mark_averaged)
+
+    def _mark_averaged(self) -> None:
+        self._marks = self._gradient_marks()
 
     # Where the criterion's input comes from.
 
@@ -475,6 +555,29 @@ def _keeper(watch: Watch, forward: Forward, place: int) -> Any:
             alive._enter_backward().gradients.append((forward, place, gradient.detach()))
 
     return keep
+
+
+def _local_keeper(watch: Watch, name: str) -> Any:
+    """A hook on a parameter that sees its gradient before a wrapper averages it."""
+    reference = weakref.ref(watch)
+
+    def keep(gradient: Tensor) -> None:
+        alive = reference()
+        if alive is not None and not alive._paused:
+            # A copy, as the gradient itself may become `.grad`, which is averaged in place.
+            alive._enter_backward().local.append((name, gradient.detach().clone()))
+
+    return keep
+
+
+def _active_wrapper() -> DistributedDataParallel | None:
+    """The DistributedDataParallel whose forward is running, if torch tells."""
+    return getattr(DistributedDataParallel, "_active_ddp_module", None)
+
+
+def _join_is_on(wrapper: weakref.ref[nn.Module] | None) -> bool:
+    config = getattr(None if wrapper is None else wrapper(), "_join_config", None)
+    return bool(getattr(config, "enable", False))
 
 
 def _criterion_arguments(args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from conjopt.measure.observation import Batch
+from conjopt.measure.process_group import Joined
 from conjopt.optim.batch_size import best_batch_size, least_batch_size
 from conjopt.optim.statistics import Statistics
 from conjopt.optim.step_times import StepTimes
@@ -302,32 +303,34 @@ class BatchAdvisor:
     def __init__(self, rule: BatchRule | None) -> None:
         self.rule = rule
         self.times = StepTimes()
-        self.batch_size: int | None = None
+        self._samples: int | torch.Tensor | None = None
         self._before: float | None = None
 
-    def record(self, batch: Batch | None, measured: bool) -> None:
+    @property
+    def batch_size(self) -> int | None:
+        """Samples in the last step, of all ranks; reads from the device if there are several."""
+        return None if self._samples is None else int(self._samples)
+
+    def record(
+        self, batch: Batch | None, joined: Joined | None, ranks: int, *, measured: bool
+    ) -> None:
         """Take note that a step was completed; reads nothing from a device.
 
         Args:
             batch: what it came from; None if that was not observed.
+            joined: what it was with those of other ranks.
+            ranks: their number.
             measured: whether it measured, which takes longer than the steps that are compared.
         """
-        if batch is None:
+        if batch is None or joined is None:
             return
-        # Gradients tell which outputs count, but are kept on measuring steps only.
-        sizes = {
-            observation.forward: max(observation.forward.samples.values())
-            if observation.place is None
-            else observation.forward.samples[observation.place]
-            for observation in batch.observations
-        }
-        self.batch_size = sum(sizes.values())
+        self._samples = joined.samples
         if self.rule is None:
             return
         now, before = time.perf_counter(), self._before
         self._before = now
         if before is not None and not measured:
-            self.times.record(self.batch_size, now - before)
+            self.times.record(ranks * batch.samples, now - before)
 
     def advise(
         self,
@@ -368,10 +371,10 @@ class BatchAdvisor:
             state: None for one of an optimizer without a rule: nothing is known then.
         """
         self.times = StepTimes()
-        self.batch_size, self._before = None, None
+        self._samples, self._before = None, None
         if state is not None:
             self.times.load_state_dict(state["times"])
-            self.batch_size = state["batch_size"]
+            self._samples = state["batch_size"]
 
 
 def _untried(known: list[int], least: int, most: float) -> int | None:

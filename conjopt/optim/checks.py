@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from conjopt.bounds import ConvergenceLedger
+from conjopt.measure.process_group import Ranks
 from conjopt.optim.directions import Direction, Momentum, Spectral
 from conjopt.optim.gradient_rules import GradientEdge, PolyakStep, Smoothness
 from conjopt.optim.statistics import SAVED
@@ -30,6 +31,8 @@ __all__ = [
     "modules",
     "number",
     "positive",
+    "ranks",
+    "shared",
     "some",
     "step_rule",
 ]
@@ -37,8 +40,10 @@ __all__ = [
 DIRECTIONS: dict[str, type[Direction]] = {"spectral": Spectral, "sgd": Momentum}
 
 
-def modules(model: object, loss: object) -> tuple[nn.Module, nn.Module]:
-    """The two modules, if they are modules that can be watched."""
+def modules(
+    model: object, loss: object
+) -> tuple[nn.Module, nn.Module, DistributedDataParallel | None]:
+    """The two modules, if they can be watched, and what wraps the model."""
     use = "ConjSGD(model.parameters(), model=model, loss=criterion)"
     for name, value in (("model", model), ("loss", loss)):
         if not isinstance(value, nn.Module):
@@ -49,12 +54,41 @@ def modules(model: object, loss: object) -> tuple[nn.Module, nn.Module]:
             )
     assert isinstance(model, nn.Module)
     assert isinstance(loss, nn.Module)
-    if isinstance(model, DataParallel | DistributedDataParallel):
+    if isinstance(model, DataParallel):
         raise TypeError(
-            f"ConjSGD: got a {type(model).__name__} as model=; several devices are not supported "
-            "yet: train the inner module on one device"
+            "ConjSGD: got a DataParallel as model=, whose copies of the model cannot be watched; "
+            "use torch.nn.parallel.DistributedDataParallel, or train the inner module on one device"
         )
-    return model, loss
+    if isinstance(getattr(model, "_orig_mod", None), DistributedDataParallel):
+        raise TypeError(
+            "ConjSGD: got a compiled DistributedDataParallel as model=, which cannot be run again "
+            "for a measurement; compile the inner module: "
+            "DistributedDataParallel(torch.compile(module))"
+        )
+    if isinstance(model, DistributedDataParallel):
+        return model.module, loss, model
+    return model, loss, None
+
+
+def ranks(group: Any) -> Ranks:
+    """The processes of a group, None for a single one."""
+    if group is None:
+        return Ranks()
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise ValueError(
+            f"ConjSGD: process_group={group!r}, but torch.distributed is not initialised; call "
+            "torch.distributed.init_process_group first, or leave process_group out"
+        )
+    return Ranks(group)
+
+
+def shared(model: nn.Module, of: Ranks) -> None:
+    """Refuse what several ranks cannot measure together."""
+    if of.several and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
+        raise RuntimeError(
+            "ConjSGD: the model has a SyncBatchNorm, whose forward waits for the other ranks and "
+            "cannot be run again for a measurement; use BatchNorm, or step_rule='constant'"
+        )
 
 
 def direction(given: str | Direction) -> Direction:

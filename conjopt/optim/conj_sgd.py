@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from conjopt.bounds import ConvergenceLedger
 from conjopt.measure.curvature import JacobianProduct
 from conjopt.measure.observation import Batch
+from conjopt.measure.process_group import Joined
 from conjopt.measure.watch import Watch
 from conjopt.optim import checks, measuring
 from conjopt.optim.batch_rule import BatchAdvisor, BatchRule, Recommendation
@@ -52,7 +53,7 @@ class ConjSGD(Optimizer):
 
     Args:
         params: parameters, named parameters or groups of them, all of ``model``.
-        model: the module that the loop calls.
+        model: the module that the loop calls, or the module that its DistributedDataParallel wraps.
         loss: the criterion that the loop calls: `torch.nn.CrossEntropyLoss`, `MSELoss`,
             `BCEWithLogitsLoss` or a `conjopt.losses.FenchelYoungLoss`, reduced by mean or sum.
         lr: dimensionless factor of the step, 1.0 for what the theory says; schedulers act on it.
@@ -86,6 +87,8 @@ class ConjSGD(Optimizer):
             sides of Thm 3.1; one record costs about what its set costs to evaluate twice in
             float64, and waits for the device.
         ledger_every: steps from one record to the next, from the first on.
+        process_group: of `torch.distributed`, whose ranks the gradients at ``step`` are a mean
+            over; None for that of DistributedDataParallel, or a single process.
 
     Raises:
         TypeError: if model or loss are missing or of another kind, or the criterion unknown.
@@ -133,8 +136,9 @@ class ConjSGD(Optimizer):
         max_decay: float = 0.002,
         ledger: ConvergenceLedger | None = None,
         ledger_every: int = 25,
+        process_group: Any = None,
     ) -> None:
-        self._model, criterion = checks.modules(model, loss)
+        self._model, criterion, wrapper = checks.modules(model, loss)
         self._direction = checks.direction(direction)
         self._rule = checks.step_rule(step_rule, self._direction)
         self._batches = BatchAdvisor(rule_of(batch_rule))
@@ -151,8 +155,13 @@ class ConjSGD(Optimizer):
         names = {id(p): name for name, p in self._model.named_parameters()}
         self._names = names
         parameters = checks.given_parameters(params)
-        self._watch = Watch(self._model, criterion, dict(self._model.named_parameters()))
+        ranks = checks.ranks(process_group)
+        self._watch = Watch(self._model, criterion, dict(self._model.named_parameters()), ranks)
+        if wrapper is not None:
+            self._watch.wrapped_by(wrapper)
         self._watch.armed = self._rule.measures or ledger is not None
+        if self._rule.measures:
+            checks.shared(self._model, self._watch.ranks)
         potential = self._watch.potential_of.potential
         if weight_decay is None:
             runs_off = isinstance(potential, Softmax | Logistic)
@@ -250,20 +259,21 @@ class ConjSGD(Optimizer):
         observed = self._watch.batch() if self._rule.measures or recorded else None
         batch = observed if self._rule.measures else None
         seen = blocks.size(self._foreach).to(statistics.loss)
-        blocks.scale(None if batch is None else batch.weight, self._foreach)
+        joined = None
         if batch is not None:
-            checks.positive(batch.weight)
-            loss = self._floor.excess(batch, statistics)
-            seen = torch.where(batch.weight > 0, seen + loss, torch.nan)
+            joined = self._watch.ranks.join(batch, self._floor.excess(batch, statistics), seen)
+            checks.positive(joined.weight)
+            seen = torch.where(joined.weight > 0, seen + joined.loss, torch.nan)
+        blocks.scale(None if joined is None else joined.weight, self._foreach)
         finite = torch.isfinite(seen)
         if self._given_up(finite):
             return result
-        start = self._recording.begin(observed) if recorded else None
+        start = self._recording.begin(observed, self._watch.ranks) if recorded else None
         gate = self._gate(finite)
         blocks.gradients = [choose(gate, g, 0.0) for g in blocks.gradients]
 
         # Measure: the direction, and on measuring steps what it promises.
-        found = self._measure(batch, blocks)
+        found = self._measure(batch, joined, blocks)
         if found is None:
             gradients = blocks.gradients
             u, pending = self._direction.propose(gradients, gradients, blocks.states, blocks.groups)
@@ -275,10 +285,10 @@ class ConjSGD(Optimizer):
             gate = self._gate(finite)
 
         # Decide.
-        if batch is not None:
-            statistics.see_loss(loss, gate)
+        if joined is not None:
+            statistics.see_loss(joined.loss, gate)
             told = blocks.along(u, self._rule.asks) if self._rule.asks else None
-            self._rule.before_step(statistics, loss, told, gate)
+            self._rule.before_step(statistics, joined.loss, told, gate)
         if found is not None:
             if self._trust_only and not found.trust_only:
                 statistics.restart(gate)
@@ -300,7 +310,7 @@ class ConjSGD(Optimizer):
         if gate is None and self._floor.value is not None:
             self._say_what_happened()
         self._calls += 1
-        self._batches.record(batch, measured=found is not None)
+        self._batches.record(batch, joined, self._watch.ranks.size, measured=found is not None)
         self._watch.release()
         self._watch.armed = self._needs_watch()
         return result
@@ -513,13 +523,19 @@ class ConjSGD(Optimizer):
 
     # The parts of a step.
 
-    def _measure(self, batch: Batch | None, blocks: Blocks) -> measuring.Found | None:
+    def _measure(
+        self, batch: Batch | None, joined: Joined | None, blocks: Blocks
+    ) -> measuring.Found | None:
         """What a measuring step finds, None on an ordinary one."""
-        if batch is None or not self._due() or any(f.replay is None for f in batch.forwards):
+        if batch is None or joined is None or not self._due():
             return None
+        if any(forward.replay is None for forward in batch.forwards):
+            return None
+        checks.shared(self._model, self._watch.ranks)
         return measuring.measure(
             self._watch,
             batch,
+            joined,
             blocks,
             self._direction,
             self._product,

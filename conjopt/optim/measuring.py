@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from conjopt.measure.curvature import JacobianProduct, relative_step
-from conjopt.measure.noise import noise_from_halves
 from conjopt.measure.observation import Batch, Forward
 from conjopt.measure.parts import Parts, curvature_product, inner_products, respond, split
+from conjopt.measure.process_group import Joined, Ranks
 from conjopt.measure.watch import Watch
 from conjopt.optim.blocks import Blocks
 from conjopt.optim.directions import Direction, Pending, is_matrix
@@ -37,12 +37,16 @@ class Trial:
         outputs: of the model before the step.
         forward: that they are of.
         mask: (m,) the samples to look at; None for all.
+        ranks: whose samples count.
+        here: whether those of this rank do.
     """
 
     along: list[Tensor]
     outputs: list[Tensor | None]
     forward: Forward
     mask: Tensor | None
+    ranks: Ranks
+    here: bool = True
 
     def change(self, batch: Batch, blocks: Blocks, size: Tensor) -> Tensor:
         """() rms change of the outputs by a step, less what rounding makes of it.
@@ -59,10 +63,12 @@ class Trial:
         for place, (before, after) in enumerate(zip(self.outputs, moved, strict=True)):
             if before is not None and after is not None and place in self.forward.gradients:
                 kept[place], changes[place] = before, after - before
-        change = respond(batch, self.forward, changes, self.mask).change
+        changed, whole = self.ranks.respond(
+            [respond(batch, self.forward, by_place, self.mask) for by_place in (changes, kept)],
+            self.here,
+        )
         eps = max(torch.finfo(output.dtype).eps for output in kept.values())
-        size_of_outputs = respond(batch, self.forward, kept, self.mask).change
-        return (change - 8 * eps * size_of_outputs).clamp_min(0)
+        return (changed.change - 8 * eps * whole.change).clamp_min(0)
 
 
 @dataclasses.dataclass(eq=False)
@@ -114,6 +120,7 @@ class Found:
 def measure(
     watch: Watch,
     batch: Batch,
+    joined: Joined,
     blocks: Blocks,
     direction: Direction,
     product: JacobianProduct,
@@ -126,6 +133,7 @@ def measure(
     Args:
         watch: of the loop.
         batch: observed while the watch was armed.
+        joined: what it is with those of other ranks.
         blocks: what is moved, with ``g`` of the whole batch.
         direction: makes ``u``.
         product: ``J u``.
@@ -137,16 +145,26 @@ def measure(
         None for a single sample, the last of an epoch say, after better batches.
     """
     if not direction.held_out:
-        return along_gradient(watch, batch, blocks, direction, product, products)
+        return along_gradient(watch, batch, joined, blocks, direction, product, products)
     if couples_samples(watch.model):
-        return change_only(batch, blocks, direction)
-    changed = watch.changed_since_backward(batch.marks)
-    parts = split(batch, blocks.by_name, blocks.gradients, changed=changed)
+        return change_only(batch, blocks, direction, watch.ranks)
+    parts = _parts(watch, batch, joined, blocks)
     if parts is not None:
-        return held_out(batch, parts, blocks, direction, product, statistics.decay)
+        return held_out(batch, parts, blocks, direction, product, statistics.decay, watch.ranks)
     if statistics.measured and not trust_only:
         return None
-    return change_only(batch, blocks, direction)
+    return change_only(batch, blocks, direction, watch.ranks)
+
+
+def _parts(watch: Watch, batch: Batch, joined: Joined, blocks: Blocks) -> Parts | None:
+    """The two halves: of the ranks, or of the samples of a single one."""
+    changed, parameters = watch.changed_since_backward(batch.marks), blocks.by_name
+    if watch.ranks.several:
+        local = watch.take_local()
+        return watch.ranks.parts(
+            batch, joined, parameters, blocks.gradients, local, changed=changed
+        )
+    return split(batch, parameters, blocks.gradients, changed=changed)
 
 
 def held_out(
@@ -156,6 +174,7 @@ def held_out(
     direction: Direction,
     product: JacobianProduct,
     decay: float,
+    ranks: Ranks,
 ) -> Found:
     """A direction from the second half, and its slope on the first (Thm 3.2).
 
@@ -166,6 +185,7 @@ def held_out(
         direction: makes ``u``.
         product: ``J u``.
         decay: of the blocks' running slopes.
+        ranks: that share the step.
     """
     u, pending = direction.propose(parts.second, blocks.gradients, blocks.states, blocks.groups)
     raw, held = inner_products(blocks.gradients, u), inner_products(parts.first, u)
@@ -179,28 +199,24 @@ def held_out(
     weights = shrinkage * torch.tensor(blocks.ratios, dtype=rho.dtype, device=rho.device)
     along = [tensor * weight for tensor, weight in zip(u, weights, strict=True)]
     outputs, changes = _changes(product, parts.forward, blocks, along)
-    response = respond(batch, parts.forward, changes, parts.mask)
-    apart = torch._foreach_sub(parts.first, parts.second)
-    noise = noise_from_halves(
-        inner_products(parts.first, parts.second).sum(),
-        inner_products(apart, apart).sum(),
-        parts.sizes,
-    )
+    (response,) = ranks.respond([respond(batch, parts.forward, changes, parts.mask)], parts.here)
+    mean_square, noise = parts.noise
     measurement = Measurement(
         change=response.change,
         slope=(weights * held).sum(),
         raw_slope=(weights * raw).sum(),
         curvature=response.curvature,
-        mean_square=noise.mean_square,
-        noise=noise.noise,
+        mean_square=mean_square,
+        noise=noise,
     )
-    trial = Trial(along, outputs, parts.forward, parts.mask)
+    trial = Trial(along, outputs, parts.forward, parts.mask, ranks, parts.here)
     return Found(u, pending, measurement, slopes, shrinkage, trial=trial)
 
 
 def along_gradient(
     watch: Watch,
     batch: Batch,
+    joined: Joined,
     blocks: Blocks,
     direction: Direction,
     product: JacobianProduct,
@@ -211,6 +227,7 @@ def along_gradient(
     Args:
         watch: of the loop.
         batch: observed while the watch was armed.
+        joined: what it is with those of other ranks.
         blocks: what is moved.
         direction: makes ``u``.
         product: ``J u``.
@@ -221,7 +238,7 @@ def along_gradient(
     along = [t if r == 1 else t * r for t, r in zip(u, blocks.ratios, strict=True)]
     forward = batch.forwards[-1]
     _, changes = _changes(product, forward, blocks, along)
-    response = respond(batch, forward, changes, None)
+    (response,) = watch.ranks.respond([respond(batch, forward, changes, None)])
     measurement = Measurement(
         change=response.change,
         raw_slope=inner_products(gradients, along).sum(),
@@ -229,16 +246,14 @@ def along_gradient(
         length=inner_products(along, along).sum().sqrt(),
     )
     if products:
-        measurement.top = _top(batch, forward, blocks, product, products)
+        total = response.weight
+        measurement.top = _top(batch, forward, blocks, product, products, total, watch.ranks)
     parts = None
     if not couples_samples(watch.model):
-        changed = watch.changed_since_backward(batch.marks)
-        parts = split(batch, blocks.by_name, gradients, changed=changed)
+        parts = _parts(watch, batch, joined, blocks)
     if parts is not None:
-        inner = inner_products(parts.first, parts.second).sum()
-        apart = torch._foreach_sub(parts.first, parts.second)
-        noise = noise_from_halves(inner, inner_products(apart, apart).sum(), parts.sizes)
-        measurement.mean_square, measurement.noise = noise.mean_square, noise.noise
+        inner, noise = parts.noise
+        measurement.mean_square, measurement.noise = inner, noise
         square = inner_products(gradients, gradients).sum()
         tiny = torch.finfo(square.dtype).tiny
         measurement.correlation = (inner / square.clamp_min(tiny)).clamp(-1, 1)
@@ -246,7 +261,13 @@ def along_gradient(
 
 
 def _top(
-    batch: Batch, forward: Forward, blocks: Blocks, product: JacobianProduct, products: int
+    batch: Batch,
+    forward: Forward,
+    blocks: Blocks,
+    product: JacobianProduct,
+    products: int,
+    total: Tensor,
+    ranks: Ranks,
 ) -> Tensor:
     """() ``hi(GGN_B)`` from below, by the power method from the gradient.
 
@@ -260,13 +281,13 @@ def _top(
         unit = [v / top.clamp_min(torch.finfo(top.dtype).tiny).to(v.dtype) for v in vector]
         moved = [v * root for v, root in zip(unit, roots, strict=True)]
         _, changes = _changes(product, forward, blocks, moved)
-        bent = curvature_product(batch, forward, changes, blocks.by_name)
+        bent = ranks.sum(curvature_product(batch, forward, changes, blocks.by_name, total))
         vector = [h * root for h, root in zip(bent, roots, strict=True)]
         top = inner_products(vector, vector).sum().sqrt()
     return top
 
 
-def change_only(batch: Batch, blocks: Blocks, direction: Direction) -> Found:
+def change_only(batch: Batch, blocks: Blocks, direction: Direction, ranks: Ranks) -> Found:
     """The change of the outputs along the direction, by a difference of two forwards.
 
     For models whose samples are coupled (batch norm in train mode) and single samples.
@@ -275,6 +296,7 @@ def change_only(batch: Batch, blocks: Blocks, direction: Direction) -> Found:
         batch: observed while the watch was armed.
         blocks: what is moved.
         direction: makes ``u``.
+        ranks: that share the step.
     """
     gradients = blocks.gradients
     u, pending = direction.propose(gradients, gradients, blocks.states, blocks.groups)
@@ -291,10 +313,10 @@ def change_only(batch: Batch, blocks: Blocks, direction: Direction) -> Found:
         for place, (h, t) in enumerate(zip(here, there, strict=True))
         if h is not None and t is not None and place in forward.gradients
     }
-    response = respond(batch, forward, changes, None)
+    (response,) = ranks.respond([respond(batch, forward, changes, None)])
     raw = inner_products(gradients, along).sum()
     measurement = Measurement(change=response.change, raw_slope=raw)
-    trial = Trial(along, here, forward, None)
+    trial = Trial(along, here, forward, None, ranks)
     return Found(u, pending, measurement, trust_only=True, trial=trial)
 
 

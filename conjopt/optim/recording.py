@@ -9,6 +9,7 @@ from conjopt.bounds import ConvergenceLedger
 from conjopt.bounds.start import LedgerStart
 from conjopt.measure.layers.tape import Arguments
 from conjopt.measure.observation import Batch
+from conjopt.measure.process_group import Ranks
 
 __all__ = ["Recording"]
 
@@ -36,16 +37,24 @@ class Recording:
         """
         return self.ledger is not None and calls % self.every == 0
 
-    def begin(self, batch: Batch | None) -> LedgerStart | None:
+    def begin(self, batch: Batch | None, ranks: Ranks) -> LedgerStart | None:
         """Measure before the parameters move.
 
         Args:
             batch: observed while the watch was armed; None if it was not observed.
+            ranks: that share the step.
 
         Raises:
-            RuntimeError: if the batch is not one call of the model and the criterion.
+            RuntimeError: if the batch is not one call of the model and the criterion, or a part of
+                a batch.
         """
         assert self.ledger is not None
+        if ranks.several:
+            raise RuntimeError(
+                f"ConjSGD: the ledger records steps of one process, but {ranks.size} ranks share "
+                "this one, each with a part of its batch; leave out ledger=, or train in one "
+                "process"
+            )
         if batch is None or batch.forwards[-1].replay is None:
             return None
         if len(batch.observations) != 1 or batch.observations[0].place is None:
