@@ -13,6 +13,7 @@ from torch.func import functional_call, jacrev
 from conjopt import ConjSGD
 from conjopt.losses import EntmaxLoss, SparsemaxLoss
 from conjopt.measure.parts import curvature_product
+from conjopt.measure.process_group import Ranks
 from conjopt.optim.blocks import Blocks
 from conjopt.optim.measuring import _changes, _top
 
@@ -90,7 +91,8 @@ def product(optimizer: ConjSGD, batch: Any, blocks: Blocks, u: Tensor) -> Tensor
     forward = batch.forwards[-1]
     with torch.no_grad():
         _, changes = _changes(optimizer._product, forward, blocks, along)
-        bent = curvature_product(batch, forward, changes, blocks.by_name)
+        own = [o.kappa * o.scale for o in batch.observations if o.forward is forward]
+        bent = curvature_product(batch, forward, changes, blocks.by_name, sum(own))
     assert [tuple(t.shape) for t in bent] == [tuple(p.shape) for p in blocks.parameters]
     return torch.cat([t.flatten() for t in bent])
 
@@ -248,7 +250,15 @@ def test_the_power_method_comes_from_below_to_the_greatest_eigenvalue(name: str)
     before, greatest = 0.0, float(torch.linalg.eigvalsh(matrix)[-1])
     for products in range(1, 7):
         with torch.no_grad():
-            top = float(_top(batch, batch.forwards[-1], blocks, optimizer._product, products))
+            top = _top(
+                batch,
+                batch.forwards[-1],
+                blocks,
+                optimizer._product,
+                products,
+                batch.weight,
+                Ranks(),
+            ).item()
         vector = matrix @ (vector / vector.norm())
         assert top == pytest.approx(float(vector.norm()), rel=1e-9)
         assert before * (1 - 1e-9) <= top <= greatest * (1 + 1e-9)

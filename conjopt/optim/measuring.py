@@ -251,6 +251,8 @@ def along_gradient(
     parts = None
     if not couples_samples(watch.model):
         parts = _parts(watch, batch, joined, blocks)
+        if parts is None:  # a single sample, which says nothing of another
+            measurement.correlation = torch.zeros_like(response.change)
     if parts is not None:
         inner, noise = parts.noise
         measurement.mean_square, measurement.noise = inner, noise
