@@ -23,7 +23,8 @@ def data(size=24, dtype=torch.float32):
 
 def make(model, criterion=None, params=None, **options):
     params = model.parameters() if params is None else params
-    return ConjSGD(params, model=model, loss=criterion or nn.CrossEntropyLoss(), **options)
+    criterion = nn.CrossEntropyLoss() if criterion is None else criterion
+    return ConjSGD(params, model=model, loss=criterion, **options)
 
 
 def criterion_of(optimizer):

@@ -305,6 +305,10 @@ class BatchAdvisor:
         self.batch_size: int | None = None
         self._before: float | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the clock, which is another one where a copy goes on."""
+        return {**self.__dict__, "_before": None}
+
     def record(self, batch: Batch | None, measured: bool) -> None:
         """Take note that a step was completed; reads nothing from a device.
 

@@ -1,8 +1,10 @@
 """Parameter groups, each with its own rate, momentum, decay and cap, also added on the way."""
 
+import copy
+
 import pytest
 import torch
-from loop import RULES, any_rule, equal, make, network, parameters, train
+from loop import RULES, any_rule, equal, make, network, parameters, same, train
 
 
 @any_rule
@@ -116,3 +118,55 @@ def test_max_step_caps_after_lr_and_by_group():
     assert status.limited_by in status.limits
     assert status.step_size == pytest.approx(0.5 * min(status.limits.values()), rel=1e-6)
     assert float(optimizer.param_groups[1]["step_size"]) == pytest.approx(1e-4, rel=1e-6)
+
+
+@any_rule
+def test_a_group_added_on_the_way_is_one_that_was_frozen_until_then(rule):
+    model, twin = network(), network()
+    options = {"warmup": 3, "measure_every": 4, **RULES[rule]}
+    late = {"lr": 0.5 * options.get("lr", 1.0), "weight_decay": 0.03, "max_step": 0.05}
+    optimizer = make(model, params=model[3:].parameters(), **options)
+    groups = [{"params": twin[3:].parameters()}, {"params": twin[:3].parameters(), **late}]
+    other = make(twin, params=groups, **options)
+    twin[:3].requires_grad_(False)
+    for first in (0, 5):
+        train(model, optimizer, 5, first)
+        train(twin, other, 5, first)
+        assert equal(parameters(model), parameters(twin))
+        if first == 0:
+            state = copy.deepcopy(optimizer.state_dict()["state"])
+            model.zero_grad()
+            optimizer.add_param_group({"params": model[:3].parameters(), **late})
+            twin[:3].requires_grad_(True)
+            assert same(state, optimizer.state_dict()["state"])
+    assert not equal(parameters(model[:3]), parameters(network()[:3]))
+    assert [float(a["step_size"]) for a in optimizer.param_groups] == [
+        float(b["step_size"]) for b in other.param_groups
+    ]
+
+
+@any_rule
+def test_parameters_with_their_names(rule):
+    model, twin = network(), network()
+    optimizer = make(model, params=model.named_parameters(), **RULES[rule])
+    other = make(twin, **RULES[rule])
+    train(model, optimizer, 3)
+    train(twin, other, 3)
+    assert equal(parameters(model), parameters(twin))
+    names = optimizer.state_dict()["param_groups"][0]["param_names"]
+    assert names == [name for name, _ in model.named_parameters()]
+    again = make(model, params=model.named_parameters(), **RULES[rule])
+    again.load_state_dict(optimizer.state_dict())
+    assert same(again.state_dict(), optimizer.state_dict())
+
+
+@any_rule
+def test_options_of_a_group_can_be_changed_between_steps(rule):
+    model, twin = network(), network()
+    options = {"warmup": 3, "measure_every": 4, **RULES[rule]}
+    optimizer, other = make(model, **options), make(twin, weight_decay=0.5, **options)
+    other.param_groups[0]["weight_decay"] = optimizer.param_groups[0]["weight_decay"]
+    other.param_groups[0]["max_step"] = 1e9
+    train(model, optimizer, 4)
+    train(twin, other, 4)
+    assert equal(parameters(model), parameters(twin))
