@@ -43,6 +43,7 @@ def backward(model, optimizer, step=0, size=8):
 
 
 def train(model, optimizer, steps, start=0, **options):
+    loss = None
     for step in range(start, start + steps):
         loss = backward(model, optimizer, step, **options)
         optimizer.step()

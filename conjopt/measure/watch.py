@@ -220,6 +220,8 @@ class Watch:
     def changed_since_backward(self, marks: Marks) -> bool:
         """Whether any gradient was written to since the marks were taken (clipping, unscaling).
 
+        Or may have been by a hook on its accumulation, which is before the marks are taken.
+
         Args:
             marks: of a `Batch`.
 
@@ -235,7 +237,11 @@ class Watch:
             >>> watch.changed_since_backward(marks)
             True
         """
-        return self._gradient_marks() != marks
+        hooked = any(
+            getattr(parameter, "_post_accumulate_grad_hooks", None)
+            for parameter in self.parameters.values()
+        )
+        return hooked or self._gradient_marks() != marks
 
     # Hooks, in the order in which a training step meets them.
 
@@ -458,6 +464,7 @@ class Hook:
         """Whether there is no watch any more, or none yet."""
         return self._watch is None or self._watch() is None
 
+    @torch._disable_dynamo  # it looks at the graph, of which torch.compile shows it an image
     def __call__(self, *arguments: Any) -> None:
         """Call the method of the watch, if it is still there."""
         watch = None if self._watch is None else self._watch()

@@ -363,7 +363,9 @@ class BatchAdvisor:
 
     def state_dict(self) -> dict[str, Any]:
         """Step times and the last size, for a resume."""
-        return {"times": self.times.state_dict(), "batch_size": self.batch_size}
+        # Pairs, as torch.distributed.checkpoint takes dicts apart and asks for their keys.
+        times = list(self.times.state_dict().items())
+        return {"times": times, "batch_size": self.batch_size}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Take up what `state_dict` gave.
@@ -374,7 +376,7 @@ class BatchAdvisor:
         self.times = StepTimes()
         self.batch_size, self._before = None, None
         if state is not None:
-            self.times.load_state_dict(state["times"])
+            self.times.load_state_dict(dict(state["times"]))
             self.batch_size = state["batch_size"]
 
 

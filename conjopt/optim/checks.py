@@ -29,6 +29,7 @@ __all__ = [
     "ledger",
     "modules",
     "number",
+    "outside_backward",
     "positive",
     "some",
     "step_rule",
@@ -214,6 +215,16 @@ def dense(parameters: Iterable[Tensor]) -> None:
                 f"ConjSGD: the gradient of a parameter of shape {tuple(parameter.shape)} is "
                 "complex, expected real"
             )
+
+
+def outside_backward() -> None:
+    """Refuse a step from a hook of the very backward pass whose batch is to be measured."""
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "ConjSGD.step was called inside a backward pass, as optimizers in hooks that wait for "
+            "gradients to accumulate do; the batch is not known before its end. Call step() after "
+            "backward(), or use step_rule='constant'"
+        )
 
 
 def positive(weight: Tensor) -> None:

@@ -244,6 +244,8 @@ class ConjSGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
+        if self._rule.measures:
+            checks.outside_backward()
         fresh = not self.state
         blocks = Blocks.of(self.param_groups, self.state, self._names)
         if not blocks.parameters:
