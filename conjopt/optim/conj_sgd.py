@@ -545,13 +545,14 @@ class ConjSGD(Optimizer):
         self._statistics.load_state_dict(controller["statistics"])
         self._calls, self._trust_only = controller["calls"], controller["trust_only"]
         self._batches.load_state_dict(controller.get("batches"))
-        # torch casts a parameter's state to its type; these keep their own.
+        # torch casts a parameter's state to its type, and shares it where that changes nothing;
+        # these keep their own type, and all of them their own memory.
         ordered = [p for group in self.param_groups for p in group["params"]]
         numbers = [i for group in given["param_groups"] for i in group["params"]]
         for parameter, number in zip(ordered, numbers, strict=True):
-            for key in BLOCK_STATE:
-                if key in (saved := given["state"].get(number, {})):
-                    self.state[parameter][key] = saved[key].clone().to(parameter.device)
+            for key, saved in given["state"].get(number, {}).items():
+                value = saved if key in BLOCK_STATE else self.state[parameter][key]
+                self.state[parameter][key] = value.clone().to(parameter.device)
         self._watch.armed = self._needs_watch()
 
     def __getstate__(self) -> dict[str, Any]:

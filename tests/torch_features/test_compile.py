@@ -67,6 +67,7 @@ def test_a_compiled_loss_module_is_refused_with_the_remedy():
         make(network(), criterion)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # in its own import
 @pytest.mark.slow
 @any_rule
 @pytest.mark.parametrize("what", ["model", "loop body"])
