@@ -260,6 +260,15 @@ def controller(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         missing |= {"times", "batch_size"} - set(found["batches"])
     if missing:
         raise ValueError(f"ConjSGD.load_state_dict: the controller lacks {sorted(missing)}; {load}")
+    kinds = {"calls": int, "trust_only": bool, "statistics": dict, "batches": dict}
+    damaged = [
+        name for name, kind in kinds.items() if not isinstance(found.get(name, kind()), kind)
+    ]
+    if damaged or not isinstance(statistics["measured"], int):
+        raise ValueError(
+            f"ConjSGD.load_state_dict: {damaged or ['measured']} of the controller are of another "
+            f"kind than they were saved; {load}"
+        )
     for name in SAVED - {"measured"}:
         if not isinstance(statistics[name], Tensor) or statistics[name].numel() != 1:
             raise ValueError(

@@ -508,8 +508,20 @@ class ConjSGD(Optimizer):
             self.register_load_state_dict_pre_hook(lambda _, state: self._admit(state, given)),
             self.register_load_state_dict_post_hook(lambda _: self._take_up(given), prepend=True),
         ]
+        kept = {name: value for name, value in self.__dict__.items() if not name.endswith("_hooks")}
+        before = self._statistics.state_dict(), self._batches.state_dict()
         try:
             super().load_state_dict(state_dict)
+        except Exception as error:
+            self.__dict__.update(kept)  # torch makes new groups and states
+            self._statistics.load_state_dict(before[0])
+            self._batches.load_state_dict(before[1])
+            if isinstance(error, ValueError):
+                raise
+            raise ValueError(
+                f"ConjSGD.load_state_dict: the state is damaged ({error}); load a state that "
+                "ConjSGD.state_dict() made"
+            ) from error
         finally:
             for handle in own:
                 handle.remove()
