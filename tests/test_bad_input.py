@@ -60,7 +60,7 @@ def untouched(model, optimizer, *, skipped=0):
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     yield
     after = (model.state_dict(), optimizer.state_dict())
-    before[1]["controller"]["statistics"]["skipped"] += skipped
+    before[1]["param_groups"][0]["controller"]["statistics"]["skipped"] += skipped
     for _, state in before, after:  # an empty state of a parameter is no state
         state["state"] = {i: of_one for i, of_one in state["state"].items() if of_one}
     assert same(before, after)
@@ -535,11 +535,11 @@ def broken(state, how):
         model = network()
         return torch.optim.SGD(model.parameters(), lr=0.1).state_dict()
     if how == "of another version":
-        state["controller"]["version"] = 2
+        state["param_groups"][0]["controller"]["version"] = 2
     elif how == "without calls":
-        del state["controller"]["calls"]
+        del state["param_groups"][0]["controller"]["calls"]
     elif how == "without a statistic":
-        del state["controller"]["statistics"]["loss"]
+        del state["param_groups"][0]["controller"]["statistics"]["loss"]
     elif how == "of another number of groups":
         state["param_groups"] *= 2
     elif how == "of another number of parameters":

@@ -323,7 +323,7 @@ def test_without_a_rule_nothing_is_said_or_saved():
     run.train(*[20] * 5)
     assert run.optimizer.recommended_batch_size() is None
     assert "no batch rule" in run.optimizer.batch_advice().reason
-    assert set(run.optimizer.state_dict()["controller"]) == {
+    assert set(run.optimizer.state_dict()["param_groups"][0]["controller"]) == {
         "version",
         "calls",
         "trust_only",
@@ -421,8 +421,8 @@ def test_a_resumed_optimizer_recommends_the_same(rule):
     again.optimizer.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
     assert again.optimizer.batch_advice(300) == run.optimizer.batch_advice(300)
     assert (
-        again.optimizer.state_dict()["controller"]["batches"]
-        == (run.optimizer.state_dict()["controller"]["batches"])
+        again.optimizer.state_dict()["param_groups"][0]["controller"]["batches"]
+        == (run.optimizer.state_dict()["param_groups"][0]["controller"]["batches"])
     )
     assert list(again.optimizer._batches.times.state_dict()) == [20, 45, 90]
 

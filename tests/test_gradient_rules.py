@@ -244,7 +244,7 @@ def test_every_scalar_of_the_controller_is_in_the_state():
     optimizer = make(model)
     train(model, optimizer, 60)
     tensors = {n for n, v in vars(optimizer._statistics).items() if isinstance(v, torch.Tensor)}
-    assert tensors <= set(optimizer.state_dict()["controller"]["statistics"])
+    assert tensors <= set(optimizer.state_dict()["param_groups"][0]["controller"]["statistics"])
 
 
 # Steps that are not finite.

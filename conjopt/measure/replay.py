@@ -6,12 +6,13 @@ import contextlib
 import contextvars
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = ["RandomState", "Replay", "compiled_parts", "refuse_reentrant", "renormalised"]
@@ -95,7 +96,8 @@ class Replay:
             parameters = {**parameters, **copies}
         cpu, others = self.random
         devices = [device.index for device in others]
-        with self.paused(), _uncompiled(), torch.random.fork_rng(devices, enabled=True):
+        fork = torch.random.fork_rng(devices, enabled=True)
+        with self.paused(), _uncompiled(), _uncached(), fork:
             torch.set_rng_state(cpu)
             for device, state in others.items():
                 torch.cuda.set_rng_state(state, device)
@@ -221,6 +223,19 @@ def _uncompiled() -> contextlib.AbstractContextManager[Any]:
     if "torch._dynamo" not in sys.modules:  # nothing was compiled, and importing it takes seconds
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """A context in which parametrizations are evaluated anew.
+
+    `torch.nn.utils.parametrize.cached` keeps what they made of the model's own parameters.
+    """
+    before, parametrize._cache_enabled = parametrize._cache_enabled, 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = before
 
 
 def _cloned(leaf: Any) -> Any:

@@ -119,6 +119,21 @@ class Watch:
         if self.ranks.group is None and group is not None:
             self.ranks = Ranks(group)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy watches the copies of model and criterion; nothing was observed of them yet."""
+        return _again, (self.model, self.criterion, self.parameters), {"armed": self.armed}
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was observed since the last `clear`.
+
+        Example:
+            >>> model, criterion = nn.Linear(2, 1), nn.MSELoss()
+            >>> Watch(model, criterion, dict(model.named_parameters())).empty
+            True
+        """
+        return not self._observations and not self._joined
+
     def batch(self) -> Batch:
         """What was observed since the last `clear`.
 
@@ -244,6 +259,8 @@ class Watch:
     def changed_since_backward(self, marks: Marks) -> bool:
         """Whether any gradient was written to since the marks were taken (clipping, unscaling).
 
+        Or may have been by a hook on its accumulation, which is before the marks are taken.
+
         Args:
             marks: of a `Batch`.
 
@@ -259,7 +276,11 @@ class Watch:
             >>> watch.changed_since_backward(marks)
             True
         """
-        return self._gradient_marks() != marks
+        hooked = any(
+            getattr(parameter, "_post_accumulate_grad_hooks", None)
+            for parameter in self.parameters.values()
+        )
+        return hooked or self._gradient_marks() != marks
 
     def take_local(self) -> dict[str, Tensor]:
         """What this rank added to ``.grad`` by name; kept if armed, and given away once.
@@ -518,6 +539,12 @@ class Hook:
         self._watch = None if watch is None else weakref.ref(watch)
         self._method = method
 
+    @property
+    def dead(self) -> bool:
+        """Whether there is no watch any more, or none yet."""
+        return self._watch is None or self._watch() is None
+
+    @torch._disable_dynamo  # it looks at the graph, of which torch.compile shows it an image
     def __call__(self, *arguments: Any) -> None:
         """Call the method of the watch, if it is still there."""
         watch = None if self._watch is None else self._watch()
@@ -526,6 +553,26 @@ class Hook:
 
     def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
         return Hook, ()
+
+
+def _again(model: nn.Module, criterion: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Watch:
+    """The watch of a copied or unpickled model."""
+    if "_forward_hooks" not in model.__dict__:
+        raise TypeError(
+            f"a {type(model).__name__} that holds its own optimizer cannot be copied or pickled: "
+            "it is not whole yet when the optimizer is to watch it; keep the optimizer outside of "
+            "the model, and copy both together: copy.deepcopy((model, optimizer))"
+        )
+    for module in (model, criterion):
+        for hooks, others in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+        ):
+            for number, hook in list(hooks.items()):
+                if isinstance(hook, Hook) and hook.dead:  # came along with the copy
+                    del hooks[number]
+                    others.pop(number, None)
+    return Watch(model, criterion, parameters)
 
 
 def _paused(reference: weakref.ref[Watch]) -> contextlib.AbstractContextManager[None]:

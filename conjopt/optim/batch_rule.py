@@ -306,6 +306,10 @@ class BatchAdvisor:
         self._samples: int | torch.Tensor | None = None
         self._before: float | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the clock, which is another one where a copy goes on."""
+        return {**self.__dict__, "_before": None}
+
     @property
     def batch_size(self) -> int | None:
         """Samples in the last step, of all ranks; reads from the device if there are several."""
@@ -362,7 +366,9 @@ class BatchAdvisor:
 
     def state_dict(self) -> dict[str, Any]:
         """Step times and the last size, for a resume."""
-        return {"times": self.times.state_dict(), "batch_size": self.batch_size}
+        # Pairs, as torch.distributed.checkpoint takes dicts apart and asks for their keys.
+        times = list(self.times.state_dict().items())
+        return {"times": times, "batch_size": self.batch_size}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Take up what `state_dict` gave.
@@ -373,7 +379,7 @@ class BatchAdvisor:
         self.times = StepTimes()
         self._samples, self._before = None, None
         if state is not None:
-            self.times.load_state_dict(state["times"])
+            self.times.load_state_dict(dict(state["times"]))
             self._samples = state["batch_size"]
 
 

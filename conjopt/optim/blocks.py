@@ -82,6 +82,26 @@ class Blocks:
             for state, ratio in zip(self.states, self.ratios, strict=True)
         ]
 
+    @property
+    def stand_still(self) -> bool:
+        """Whether all rates and all gradients are zero; waits for a device if the rates are."""
+        return all(float(group["lr"]) == 0 for group in self.groups) and not any(
+            bool(gradient.any()) for gradient in self.gradients
+        )
+
+    def expect_slopes(self, like: Tensor) -> None:
+        """Give those that were not measured yet the state that stands for it.
+
+        So all have the same state after a step, whatever it could measure: tools that load a
+        checkpoint in place, as `torch.distributed.checkpoint` does, know what to expect.
+
+        Args:
+            like: () of the statistics' type and device.
+        """
+        for state in self.states:
+            if "slopes" not in state:
+                state["slopes"], state["shrinkage"] = like.new_zeros(2), torch.ones_like(like)
+
     def size(self, foreach: bool | None) -> Tensor:
         """() the greatest entry of the gradients; not finite if any entry is not.
 

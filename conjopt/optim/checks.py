@@ -30,6 +30,7 @@ __all__ = [
     "ledger",
     "modules",
     "number",
+    "outside_backward",
     "positive",
     "ranks",
     "shared",
@@ -250,6 +251,16 @@ def dense(parameters: Iterable[Tensor]) -> None:
             )
 
 
+def outside_backward() -> None:
+    """Refuse a step from a hook of the very backward pass whose batch is to be measured."""
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "ConjSGD.step was called inside a backward pass, as optimizers in hooks that wait for "
+            "gradients to accumulate do; the batch is not known before its end. Call step() after "
+            "backward(), or use step_rule='constant'"
+        )
+
+
 def positive(weight: Tensor) -> None:
     """Refuse a criterion that enters the loss negated; a device is not asked."""
     if weight.device.type == "cpu" and bool(weight < 0):
@@ -262,31 +273,58 @@ def positive(weight: Tensor) -> None:
 
 def controller(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a state that the base class does not know, if it is whole."""
-    found = state_dict.get("controller")
+    load = "load a state that ConjSGD.state_dict() made"
+    groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
+    if not groups or not isinstance(state_dict.get("state"), Mapping):
+        what = sorted(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__name__
+        raise ValueError(
+            "ConjSGD.load_state_dict: expected the state of a ConjSGD with 'state' and "
+            f"'param_groups', got {what}; {load}"
+        )
+    found = groups[0].get("controller")
     if not isinstance(found, Mapping) or found.get("version") != 1:
         raise ValueError(
             "ConjSGD.load_state_dict: expected the state of a ConjSGD with a 'controller' of "
-            f"version 1, got keys {sorted(state_dict)}; load a state that ConjSGD.state_dict() made"
+            f"version 1, got a first group with {sorted(groups[0])}; {load}"
         )
     missing = {"calls", "trust_only", "statistics"} - set(found)
-    missing |= SAVED - set(found.get("statistics", SAVED))
+    statistics = found.get("statistics", dict.fromkeys(SAVED, 0))
+    missing |= SAVED - set(statistics)
+    if "batches" in found:
+        missing |= {"times", "batch_size"} - set(found["batches"])
     if missing:
+        raise ValueError(f"ConjSGD.load_state_dict: the controller lacks {sorted(missing)}; {load}")
+    kinds = {"calls": int, "trust_only": bool, "statistics": dict, "batches": dict}
+    damaged = [
+        name for name, kind in kinds.items() if not isinstance(found.get(name, kind()), kind)
+    ]
+    if damaged or not isinstance(statistics["measured"], int):
         raise ValueError(
-            f"ConjSGD.load_state_dict: the controller lacks {sorted(missing)}; load a state that "
-            "ConjSGD.state_dict() made"
+            f"ConjSGD.load_state_dict: {damaged or ['measured']} of the controller are of another "
+            f"kind than they were saved; {load}"
         )
+    for name in SAVED - {"measured"}:
+        if not isinstance(statistics[name], Tensor) or statistics[name].numel() != 1:
+            raise ValueError(
+                f"ConjSGD.load_state_dict: {name}={statistics[name]!r}, expected a tensor of one "
+                f"number; {load}"
+            )
     return found
 
 
-def fitting(state_dict: Mapping[str, Any], parameters: Sequence[Tensor]) -> None:
-    """Refuse the state of parameters of other shapes."""
-    numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
-    for number, parameter in zip(numbers, parameters, strict=False):
-        for key in ("momentum_buffer", "average"):
-            saved = state_dict["state"].get(number, {}).get(key)
-            if saved is not None and saved.shape != parameter.shape:
-                raise ValueError(
-                    f"ConjSGD.load_state_dict: the {key} of parameter {number} has shape "
-                    f"{tuple(saved.shape)}, expected that of the parameter, "
-                    f"{tuple(parameter.shape)}; load the state of the same model"
-                )
+def fitting(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse the state of other parameters, as far as their shapes tell."""
+    for ours, saved in zip(groups, state_dict["param_groups"], strict=False):
+        for parameter, number in zip(ours["params"], saved["params"], strict=False):
+            shapes = {"momentum_buffer": parameter.shape, "average": parameter.shape}
+            shapes |= {"slopes": (2,), "shrinkage": (), "square": (), "square_weight": ()}
+            for key, value in state_dict["state"].get(number, {}).items():
+                expected = tuple(shapes.get(key, getattr(value, "shape", ())))
+                if not isinstance(value, Tensor) or value.shape != expected:
+                    got = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
+                    raise ValueError(
+                        f"ConjSGD.load_state_dict: {key} of parameter {number} is {got}, expected "
+                        f"a tensor of shape {expected} for a parameter of shape "
+                        f"{tuple(parameter.shape)}; load the state of the same model, with its "
+                        "parameters in the same order"
+                    )

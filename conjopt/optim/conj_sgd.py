@@ -26,6 +26,7 @@ from conjopt.optim.directions import Direction
 from conjopt.optim.floor import DataFloor
 from conjopt.optim.gate import Gate, choose
 from conjopt.optim.recording import Recording
+from conjopt.optim.scaling import unscaled_by
 from conjopt.optim.statistics import Statistics
 from conjopt.optim.status import Status
 from conjopt.optim.step_size import StepRule
@@ -219,6 +220,9 @@ class ConjSGD(Optimizer):
             del self.param_groups[before:]
             raise
 
+    # Not to be compiled, as it runs the model again and asks for values; torch's own way of it,
+    # which imports the compiler no earlier than torch does.
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step with the gradients at hand; without any, do nothing, as in torch.
@@ -248,6 +252,9 @@ class ConjSGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
+        if self._rule.measures:
+            checks.outside_backward()
+        fresh = not self.state
         blocks = Blocks.of(self.param_groups, self.state, self._names)
         if not blocks.parameters:
             return result
@@ -256,6 +263,9 @@ class ConjSGD(Optimizer):
         # Watch: loss and gradients in per-sample Fenchel-Young units.
         statistics = self._statistics
         recorded = self._recording.due(self._calls)
+        if fresh and self._watch.empty and blocks.stand_still:
+            self._prepare(blocks)
+            return result
         observed = self._watch.batch() if self._rule.measures or recorded else None
         batch = observed if self._rule.measures else None
         seen = blocks.size(self._foreach).to(statistics.loss)
@@ -264,7 +274,7 @@ class ConjSGD(Optimizer):
             joined = self._watch.ranks.join(batch, self._floor.excess(batch, statistics), seen)
             checks.positive(joined.weight)
             seen = torch.where(joined.weight > 0, seen + joined.loss, torch.nan)
-        blocks.scale(None if joined is None else joined.weight, self._foreach)
+        blocks.scale(None if joined is None else joined.weight / unscaled_by(), self._foreach)
         finite = torch.isfinite(seen)
         if self._given_up(finite):
             return result
@@ -302,11 +312,15 @@ class ConjSGD(Optimizer):
 
         # Step.
         self._direction.commit(blocks.gradients, blocks.states, blocks.groups, pending, gate)
+        if self._rule.measures and self._direction.held_out:
+            blocks.expect_slopes(statistics.steps)
         blocks.move(u, self._max_decay, gate)
         self._recording.end(start, self._calls)
         statistics.count(gate)
         if self._average:
-            blocks.average(choose(gate, 1 / (self._average * statistics.steps + 1), 0.0))
+            share = 1 / (self._average * statistics.steps + 1)
+            share = torch.where(statistics.steps <= 1, 1.0, share)  # a prepared one starts here
+            blocks.average(choose(gate, share, 0.0))
         if gate is None and self._floor.value is not None:
             self._say_what_happened()
         self._calls += 1
@@ -465,24 +479,22 @@ class ConjSGD(Optimizer):
         return self._batches.advise(self._statistics, population, least=least, most=most)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state for an exact resume, as in torch, with the statistics under "controller".
+        """The state for an exact resume, as in torch, with the statistics in its first group.
 
         Example:
             >>> model = nn.Linear(2, 1)
             >>> optimizer = ConjSGD(model.parameters(), model=model, loss=nn.MSELoss())
-            >>> sorted(optimizer.state_dict())
-            ['controller', 'param_groups', 'state']
+            >>> state = optimizer.state_dict()
+            >>> sorted(state), sorted(state["param_groups"][0]["controller"])
+            (['param_groups', 'state'], ['calls', 'statistics', 'trust_only', 'version'])
         """
-        state = super().state_dict()
-        state["controller"] = {
-            "version": 1,
-            "calls": self._calls,
-            "trust_only": self._trust_only,
-            "statistics": self._statistics.state_dict(),
-        }
-        if self._batches.rule is not None:
-            state["controller"]["batches"] = self._batches.state_dict()
-        return state
+        own = self.register_state_dict_post_hook(
+            lambda _, state: self._add_controller(state), prepend=True
+        )
+        try:
+            return super().state_dict()
+        finally:
+            own.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a state; a run that goes on from it equals the unbroken one.
@@ -499,29 +511,109 @@ class ConjSGD(Optimizer):
             >>> optimizer = ConjSGD(model.parameters(), model=model, loss=nn.MSELoss())
             >>> optimizer.load_state_dict(optimizer.state_dict())
         """
-        controller = checks.controller(state_dict)
-        checks.fitting(state_dict, [p for group in self.param_groups for p in group["params"]])
-        super().load_state_dict(state_dict)
+        # After the hooks that others registered to adapt a state, and before those that read it.
+        given: dict[str, Any] = {}
+        own = [
+            self.register_load_state_dict_pre_hook(lambda _, state: self._admit(state, given)),
+            self.register_load_state_dict_post_hook(lambda _: self._take_up(given), prepend=True),
+        ]
+        kept = {name: value for name, value in self.__dict__.items() if not name.endswith("_hooks")}
+        before = self._statistics.state_dict(), self._batches.state_dict()
+        try:
+            super().load_state_dict(state_dict)
+        except Exception as error:
+            self.__dict__.update(kept)  # torch makes new groups and states
+            self._statistics.load_state_dict(before[0])
+            self._batches.load_state_dict(before[1])
+            if isinstance(error, ValueError):
+                raise
+            raise ValueError(
+                f"ConjSGD.load_state_dict: the state is damaged ({error}); load a state that "
+                "ConjSGD.state_dict() made"
+            ) from error
+        finally:
+            for handle in own:
+                handle.remove()
+
+    def _add_controller(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Put what is no parameter's own into the first group, as more is lost on some ways.
+
+        `torch.distributed.checkpoint.state_dict` and FSDP know "state" and "param_groups" alone.
+        """
+        controller = {
+            "version": 1,
+            "calls": self._calls,
+            "trust_only": self._trust_only,
+            "statistics": self._statistics.state_dict(),
+        }
+        if self._batches.rule is not None:
+            controller["batches"] = self._batches.state_dict()
+        state["param_groups"][0]["controller"] = controller
+        return state
+
+    def _admit(self, state: dict[str, Any], given: dict[str, Any]) -> None:
+        """Refuse a state that does not fit; keep it for `_take_up`."""
+        given["controller"] = checks.controller(state)
+        checks.fitting(state, self.param_groups)
+        for saved in state["param_groups"]:
+            checks.group({**self.defaults, **saved}, self._rule, self._direction)
+        given.update(state)
+
+    def _take_up(self, given: dict[str, Any]) -> None:
+        """What torch leaves to do of loading a state."""
+        self.param_groups[0].pop("controller", None)
+        controller = given["controller"]
         self._statistics.load_state_dict(controller["statistics"])
         self._calls, self._trust_only = controller["calls"], controller["trust_only"]
         self._batches.load_state_dict(controller.get("batches"))
-        # torch casts a parameter's state to its type; these keep their own.
+        # torch casts a parameter's state to its type, and shares it where that changes nothing;
+        # these keep their own type, and all of them their own memory.
         ordered = [p for group in self.param_groups for p in group["params"]]
-        numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
+        numbers = [i for group in given["param_groups"] for i in group["params"]]
         for parameter, number in zip(ordered, numbers, strict=True):
-            for key in BLOCK_STATE:
-                if key in (saved := state_dict["state"].get(number, {})):
-                    self.state[parameter][key] = saved[key].clone().to(parameter.device)
+            for key, saved in given["state"].get(number, {}).items():
+                value = saved if key in BLOCK_STATE else self.state[parameter][key]
+                self.state[parameter][key] = value.clone().to(parameter.device)
         self._watch.armed = self._needs_watch()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Refuse to be copied or pickled: hooks tie the optimizer to its model."""
-        raise TypeError(
-            "a ConjSGD is tied to the model that it watches and cannot be copied or pickled; make "
-            "another one for the other model, and give it this one's state_dict()"
-        )
+        """All but what others hung on this very object, as in torch: hooks, schedulers' wrappers.
+
+        The model and the criterion belong to it, and are copied or pickled along.
+        """
+        left = {"step", "_names"} | {name for name in self.__dict__ if name.endswith("_hooks")}
+        return {name: value for name, value in self.__dict__.items() if name not in left}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take up a copied, pickled or loaded state; older ones get the defaults of newer options.
+
+        Raises:
+            TypeError: if the model itself holds the optimizer, and is not whole yet.
+        """
+        super().__setstate__(state)
+        self._names = {id(p): name for name, p in self._model.named_parameters()}
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                if name != "differentiable":  # torch's own, of no group here
+                    group.setdefault(name, value)
 
     # The parts of a step.
+
+    def _prepare(self, blocks: Blocks) -> None:
+        """Make the state of a first step, of which nothing is known yet.
+
+        `torch.distributed.checkpoint` makes what it loads into by a step at rate 0 along zeros.
+        """
+        gradients = blocks.gradients
+        _, pending = self._direction.propose(gradients, gradients, blocks.states, blocks.groups)
+        self._direction.commit(gradients, blocks.states, blocks.groups, pending, None)
+        for state in blocks.states:
+            for value in state.values():
+                value.zero_()
+        if self._rule.measures and self._direction.held_out:
+            blocks.expect_slopes(self._statistics.steps)
+        if self._average:
+            blocks.average(torch.ones_like(self._statistics.steps))
 
     def _measure(
         self, batch: Batch | None, joined: Joined | None, blocks: Blocks

@@ -247,8 +247,9 @@ class Spectral(Direction):
         """Running mean of the mean square gradient and its bias correction, both ()."""
         share = 1 - self.second_moment_decay
         now = gradient.square().mean()
-        square = state.get("square", torch.zeros_like(now))
-        weight = state.get("square_weight", torch.zeros_like(now))
+        # Of another type where the state was loaded from a model of one.
+        square = state.get("square", torch.zeros_like(now)).to(now)
+        weight = state.get("square_weight", torch.zeros_like(now)).to(now)
         return square.lerp(now, share), weight.lerp(torch.ones_like(now), share)
 
 

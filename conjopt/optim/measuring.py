@@ -191,7 +191,7 @@ def held_out(
     raw, held = inner_products(blocks.gradients, u), inner_products(parts.first, u)
     now = torch.stack([raw, held], 1)
     before = torch.stack([state.get("slopes", now[i] * 0) for i, state in enumerate(blocks.states)])
-    slopes = before.lerp(now, 1 - decay)  # both start at zero, which cancels in their ratio
+    slopes = before.to(now).lerp(now, 1 - decay)  # both start at zero, which cancels in their ratio
     rho = slopes[:, 1] / slopes[:, 0].clamp_min(torch.finfo(slopes.dtype).tiny)
     rho = rho.clamp(RHO_BLOCK_MIN, 1)
     matrix = torch.tensor([is_matrix(t) for t in u], device=rho.device)

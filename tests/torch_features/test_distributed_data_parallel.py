@@ -122,7 +122,7 @@ def batches(steps: int, size: int) -> list[tuple[Tensor, Tensor]]:
 
 def left(model: nn.Module, optimizer: ConjSGD) -> dict[str, Any]:
     """Everything that could differ, as plain tensors by name."""
-    statistics = optimizer.state_dict()["controller"]["statistics"]
+    statistics = optimizer.state_dict()["param_groups"][0]["controller"]["statistics"]
     found = {f"statistics {name}": value for name, value in statistics.items()}
     found |= {f"model {name}": p.detach().clone() for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
