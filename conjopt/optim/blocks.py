@@ -100,7 +100,9 @@ class Blocks:
         """
         for state in self.states:
             if "slopes" not in state:
-                state["slopes"], state["shrinkage"] = like.new_zeros(2), torch.ones_like(like)
+                state["slopes"] = like.new_zeros(2)
+            if "shrinkage" not in state:
+                state["shrinkage"] = torch.ones_like(like)
 
     def size(self, foreach: bool | None) -> Tensor:
         """() the greatest entry of the gradients; not finite if any entry is not.
