@@ -51,3 +51,7 @@ class DataFloor:
         statistics.lowered = torch.where(now, 1.0, statistics.lowered)
         statistics.loss = torch.where(now, torch.nan, statistics.loss)
         statistics.cap = torch.where(now, torch.inf, statistics.cap)
+        # What the brake has seen was over the wrong floor, too.
+        statistics.lowest = torch.where(now, torch.nan, statistics.lowest)
+        for name in ("slow", "slow_weight", "spread"):
+            setattr(statistics, name, torch.where(now, 0.0, getattr(statistics, name)))

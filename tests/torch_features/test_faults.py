@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import struct
 import zipfile
 
 import pytest
@@ -198,7 +199,14 @@ def test_a_file_that_was_cut_is_torchs_error(share, legacy):
     before = snapshot(model, optimizer)
     whole = saved(optimizer.state_dict(), legacy)
     file = io.BytesIO(whole[: int(share * len(whole))])
-    errors = (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError)
+    errors = (
+        RuntimeError,
+        EOFError,
+        pickle.UnpicklingError,
+        struct.error,
+        zipfile.BadZipFile,
+        ValueError,
+    )
     with pytest.raises(errors):
         optimizer.load_state_dict(torch.load(file, weights_only=True))
     assert same(before, snapshot(model, optimizer))
