@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conjopt.losses import FenchelYoungLoss, potential_of
 from conjopt.measure.replay import Replay, refuse_reentrant
+from conjopt.measure.shards import total_norm
 from conjopt.potentials import Potential
 
 __all__ = ["JacobianProduct", "curvature_along"]
@@ -304,7 +305,7 @@ def relative_step(at: Sequence[Tensor], direction: Sequence[Tensor], *, power: f
         >>> relative_step([torch.zeros(1)], [torch.full((1,), 2.0)], power=1 / 2)
         tensor(0.0002)
     """
-    size, length = (torch.nn.utils.get_total_norm(list(parts)) for parts in (at, direction))
+    size, length = (total_norm(list(parts)) for parts in (at, direction))
     eps = max(torch.finfo(tensor.dtype).eps for tensor in at) ** power
     return torch.where(length > 0, eps * (1 + size) / length, torch.zeros_like(length))
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from conjopt.measure.noise import halves
 from conjopt.measure.observation import Batch, Forward, Observation, sum_of
+from conjopt.measure.shards import local, sum_over_shards
 
 __all__ = [
     "Parts",
@@ -220,10 +221,11 @@ def inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         right: as many, in the same shapes.
     """
     products = [
-        torch.dot(_wide(a).flatten(), _wide(b).flatten()) for a, b in zip(left, right, strict=True)
+        torch.dot(_wide(local(a)).flatten(), _wide(local(b)).flatten())
+        for a, b in zip(left, right, strict=True)
     ]
     widest = functools.reduce(torch.promote_types, (product.dtype for product in products))
-    return torch.stack([product.to(widest) for product in products])
+    return sum_over_shards(torch.stack([product.to(widest) for product in products]), left)
 
 
 def _rows_are_of_samples(batch: Batch, size: int) -> bool:

@@ -15,6 +15,8 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves, tree_map
 
+from conjopt.measure.shards import moved_in_place
+
 __all__ = ["RandomState", "Replay", "compiled_parts", "refuse_reentrant", "renormalised"]
 
 # Whether the model runs for a measurement, which other measurements are to leave alone.
@@ -106,7 +108,8 @@ class Replay:
             token = REPLAYING.set(True)
             try:
                 tensors = {**buffers, **parameters}
-                output = functional_call(model, tensors, args, kwargs, strict=False)
+                with moved_in_place(model, tensors) as rest:
+                    output = functional_call(model, dict(rest), args, kwargs, strict=False)
             finally:
                 REPLAYING.reset(token)
         return [

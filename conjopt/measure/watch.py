@@ -24,6 +24,7 @@ from conjopt.losses import potential_of
 from conjopt.measure.observation import Batch, Forward, Marks, Observation
 from conjopt.measure.process_group import Ranks
 from conjopt.measure.replay import Replay, refuse_reentrant
+from conjopt.measure.shards import holds_back, is_sharded
 
 __all__ = ["Hook", "Watch"]
 
@@ -96,6 +97,7 @@ class Watch:
         self._token = object()  # marks the nodes of the graph that made the model's outputs
         self._kept: tuple[Any, Any, Any] | None = None
         self._in_backward: Backward | None = None
+        self._sharded = any(is_sharded(p) for p in self.parameters.values())
         self._explicit: list[RemovableHandle] = []
         self._forward_seen = self._criterion_seen = self._unrelated = self._joined = False
         handles = [
@@ -307,7 +309,7 @@ class Watch:
             self.wrapped_by(wrapper)
         if not self.armed:
             return
-        if self.ranks.several:
+        if self.ranks.several and not self._sharded:
             for name, parameter in self.parameters.items():
                 if parameter.requires_grad and name not in self._local_hooks:
                     self._local_hooks[name] = parameter.register_hook(_local_keeper(self, name))
@@ -421,15 +423,20 @@ class Watch:
             self._in_backward = Backward(task, marks)
             if self._observations and marks != self._marks and self._no_gradients():
                 self.clear()  # their gradients were thrown away by model.zero_grad()
-            torch.autograd.Variable._execution_engine.queue_callback(self._leave_backward)
+            # Sharded gradients are made in a callback that is queued after this one.
+            leave = self._leave_later if self._sharded else self._leave_backward
+            torch.autograd.Variable._execution_engine.queue_callback(leave)
         return self._in_backward
+
+    def _leave_later(self) -> None:
+        torch.autograd.Variable._execution_engine.queue_callback(self._leave_backward)
 
     def _leave_backward(self) -> None:
         backward, self._in_backward = self._in_backward, None
         if backward is None:
             return
         marks = self._gradient_marks()
-        if marks == backward.marks:
+        if marks == backward.marks and not (self._sharded and holds_back(self.model)):
             return  # torch.autograd.grad: nothing was accumulated
         for forward, place, gradient in backward.gradients:
             kept = forward.gradients.get(place)

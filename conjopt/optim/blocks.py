@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from conjopt.measure.parts import inner_products
+from conjopt.measure.shards import is_sharded, total_norm
 from conjopt.optim.gate import Gate, choose
 
 __all__ = ["Blocks"]
@@ -68,6 +69,11 @@ class Blocks:
         return dict(zip(self.names, self.parameters, strict=True))
 
     @property
+    def sharded(self) -> bool:
+        """Whether every process holds a shard of them."""
+        return is_sharded(self.parameters[0])
+
+    @property
     def ratios(self) -> list[float]:
         """Each block's ``lr`` over the greatest: part of the direction that is measured."""
         rates = [float(group["lr"]) for group in self.groups]
@@ -85,9 +91,7 @@ class Blocks:
     @property
     def stand_still(self) -> bool:
         """Whether all rates and all gradients are zero; waits for a device if the rates are."""
-        return all(float(group["lr"]) == 0 for group in self.groups) and not any(
-            bool(gradient.any()) for gradient in self.gradients
-        )
+        return all(float(group["lr"]) == 0 for group in self.groups) and bool(self.size(None) == 0)
 
     def expect_slopes(self, like: Tensor) -> None:
         """Give those that were not measured yet the state that stands for it.
@@ -110,7 +114,7 @@ class Blocks:
         Args:
             foreach: multi-tensor kernels; None for on a GPU.
         """
-        return torch.nn.utils.get_total_norm(self.gradients, math.inf, foreach=foreach)
+        return total_norm(self.gradients, math.inf, foreach)
 
     def scale(self, by: Tensor | None, foreach: bool | None) -> None:
         """Bring the gradients to the units and the sign of the step, in new tensors.
@@ -145,7 +149,7 @@ class Blocks:
         ]
         if what == "slope":
             return inner_products(self.gradients, weighed).sum()
-        return torch.nn.utils.get_total_norm(weighed)
+        return total_norm(weighed)
 
     def move(self, directions: Sequence[Tensor], max_decay: float, gate: Gate) -> None:
         """``theta <- theta (1 - min(weight_decay a, max_decay)) - a w u``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from conjopt.bounds import ConvergenceLedger
 from conjopt.measure.process_group import Ranks
+from conjopt.measure.shards import group_of, reshard
 from conjopt.optim.directions import Direction, Momentum, Spectral
 from conjopt.optim.gradient_rules import GradientEdge, PolyakStep, Smoothness
 from conjopt.optim.statistics import SAVED
@@ -36,6 +38,7 @@ __all__ = [
     "shared",
     "some",
     "step_rule",
+    "still_in",
 ]
 
 DIRECTIONS: dict[str, type[Direction]] = {"spectral": Spectral, "sgd": Momentum}
@@ -60,6 +63,12 @@ def modules(
             "ConjSGD: got a DataParallel as model=, whose copies of the model cannot be watched; "
             "use torch.nn.parallel.DistributedDataParallel, or train the inner module on one device"
         )
+    first = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
+    if first is not None and any(isinstance(part, first) for part in model.modules()):
+        raise TypeError(
+            "ConjSGD: the model has a FullyShardedDataParallel, whose flat shards hide the layers' "
+            "matrices; shard with torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
     if isinstance(getattr(model, "_orig_mod", None), DistributedDataParallel):
         raise TypeError(
             "ConjSGD: got a compiled DistributedDataParallel as model=, which cannot be run again "
@@ -71,10 +80,17 @@ def modules(
     return model, loss, None
 
 
-def ranks(group: Any) -> Ranks:
-    """The processes of a group, None for a single one."""
+def ranks(group: Any, model: nn.Module, rule: StepRule) -> Ranks:
+    """The processes of a group, None for those of a sharded model or a single one."""
+    sharding = group_of(model.parameters())
+    if sharding is not None and isinstance(rule, GradientEdge | Smoothness):
+        raise ValueError(
+            f"ConjSGD: step_rule={rule.name!r} of direction='sgd' goes by curvature products, "
+            "which cannot be measured on sharded parameters; use direction='spectral', or "
+            "step_rule='polyak' or 'constant'"
+        )
     if group is None:
-        return Ranks()
+        return Ranks(sharding)
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise ValueError(
             f"ConjSGD: process_group={group!r}, but torch.distributed is not initialised; call "
@@ -232,6 +248,17 @@ def belong(params: Iterable[Tensor], names: Mapping[int, str], model: nn.Module)
                 f"ConjSGD: parameter {names[id(parameter)]!r} is complex, expected real; hold real "
                 "and imaginary parts in two real parameters"
             )
+
+
+def still_in(model: nn.Module, names: Mapping[int, str]) -> None:
+    """Refuse parameters that the model has replaced, whose gradients nobody will make."""
+    reshard(model)
+    now = {id(p) for p in model.parameters()}
+    if now.isdisjoint(names):
+        raise RuntimeError(
+            f"ConjSGD: the parameters of {type(model).__name__} are others than when the optimizer "
+            "was made; make the optimizer after fully_shard, or whatever replaced them"
+        )
 
 
 def dense(parameters: Iterable[Tensor]) -> None:

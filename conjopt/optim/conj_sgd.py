@@ -16,6 +16,7 @@ from conjopt.bounds import ConvergenceLedger
 from conjopt.measure.curvature import JacobianProduct
 from conjopt.measure.observation import Batch
 from conjopt.measure.process_group import Joined
+from conjopt.measure.shards import reshard
 from conjopt.measure.watch import Watch
 from conjopt.optim import checks, measuring
 from conjopt.optim.batch_rule import BatchAdvisor, BatchRule, Recommendation
@@ -156,7 +157,7 @@ class ConjSGD(Optimizer):
         names = {id(p): name for name, p in self._model.named_parameters()}
         self._names = names
         parameters = checks.given_parameters(params)
-        ranks = checks.ranks(process_group)
+        ranks = checks.ranks(process_group, self._model, self._rule)
         self._watch = Watch(self._model, criterion, dict(self._model.named_parameters()), ranks)
         if wrapper is not None:
             self._watch.wrapped_by(wrapper)
@@ -257,6 +258,7 @@ class ConjSGD(Optimizer):
         fresh = not self.state
         blocks = Blocks.of(self.param_groups, self.state, self._names)
         if not blocks.parameters:
+            checks.still_in(self._model, self._names)
             return result
         checks.dense(blocks.parameters)
 
@@ -402,12 +404,14 @@ class ConjSGD(Optimizer):
             for p in group["params"]
             if "average" in self.state[p]
         ]
+        reshard(self._model)
         with torch.no_grad():
             for parameter, average, _ in held:
                 parameter.copy_(average)
         try:
             yield
         finally:
+            reshard(self._model)
             with torch.no_grad():
                 for parameter, _, own in held:
                     parameter.copy_(own)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from conjopt.measure.shards import is_sharded, sharded_as, whole
 from conjopt.optim.gate import Gate, choose
 
 __all__ = ["Direction", "Momentum", "Spectral", "orthogonalize"]
@@ -205,20 +206,22 @@ class Spectral(Direction):
         for i, tensor in enumerate(ahead):
             if is_matrix(tensor):
                 rows, columns = tensor.shape[0], tensor.numel() // tensor.shape[0]
-                key = (min(rows, columns), max(rows, columns), tensor.dtype, tensor.device)
+                # Sharded matrices are gathered one after the other, plain ones stacked.
+                alone = i if is_sharded(tensor) else None
+                key = (min(rows, columns), max(rows, columns), tensor.dtype, tensor.device, alone)
                 shapes.setdefault(key, []).append(i)
             else:
                 square, weight = pending[i] = self._mean_square(batch_gradients[i], states[i])
                 rms = (square / weight).sqrt()
                 directions[i] = tensor / rms.clamp_min(torch.finfo(rms.dtype).tiny)
         for members in shapes.values():
-            matrices = [ahead[i].flatten(1) for i in members]
+            matrices = [whole(ahead[i]).flatten(1) for i in members]
             stacked = torch.stack([m.T if m.shape[0] > m.shape[1] else m for m in matrices])
             for i, matrix, turned in zip(members, matrices, orthogonalize(stacked), strict=True):
                 rows, columns = matrix.shape
                 if rows > columns:
                     turned = turned.T * (rows / columns) ** 0.5
-                directions[i] = turned.reshape(ahead[i].shape)
+                directions[i] = sharded_as(turned.reshape(ahead[i].shape), ahead[i])
         return directions, pending
 
     def commit(
@@ -246,7 +249,7 @@ class Spectral(Direction):
     def _mean_square(self, gradient: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """Running mean of the mean square gradient and its bias correction, both ()."""
         share = 1 - self.second_moment_decay
-        now = gradient.square().mean()
+        now = whole(gradient.square().mean())
         # Of another type where the state was loaded from a model of one.
         square = state.get("square", torch.zeros_like(now)).to(now)
         weight = state.get("square_weight", torch.zeros_like(now)).to(now)

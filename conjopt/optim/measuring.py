@@ -144,6 +144,8 @@ def measure(
     Returns:
         None for a single sample, the last of an epoch say, after better batches.
     """
+    if blocks.sharded:
+        return change_only(batch, blocks, direction, watch.ranks)
     if not direction.held_out:
         return along_gradient(watch, batch, joined, blocks, direction, product, products)
     if couples_samples(watch.model):
@@ -292,7 +294,8 @@ def _top(
 def change_only(batch: Batch, blocks: Blocks, direction: Direction, ranks: Ranks) -> Found:
     """The change of the outputs along the direction, by a difference of two forwards.
 
-    For models whose samples are coupled (batch norm in train mode) and single samples.
+    For models whose samples are coupled (batch norm in train mode) or whose parameters are sharded,
+    and for single samples.
 
     Args:
         batch: observed while the watch was armed.
