@@ -108,10 +108,18 @@ def shared(model: nn.Module, of: Ranks) -> None:
         )
 
 
-def direction(given: str | Direction) -> Direction:
-    """The direction of a name, or the given one."""
+def direction(given: str | Direction, known: Mapping[str, Direction] | None = None) -> Direction:
+    """The direction of a name, or the given one; those that are known come first."""
+    known = {} if known is None else known
     if isinstance(given, Direction):
+        if known.get(given.name, given) is not given:
+            raise ValueError(
+                f"ConjSGD: two groups have directions of the name {given.name!r} that are not the "
+                "same object; give both the same one, or give the class of one another name"
+            )
         return given
+    if given in known:
+        return known[given]
     if given not in DIRECTIONS:
         raise ValueError(
             f"ConjSGD: direction={given!r}, expected one of {sorted(DIRECTIONS)} or a Direction"
@@ -200,6 +208,14 @@ def group(options: Mapping[str, Any], rule: StepRule, of: Direction) -> None:
         raise ValueError(
             f"ConjSGD: dampening={options['dampening']} with nesterov=True; Nesterov's look-ahead "
             "needs dampening=0, or pass nesterov=False"
+        )
+    own = options["direction"]
+    if own != of.name and rule.measures and not of.held_out:
+        raise ValueError(
+            f"ConjSGD: a group has direction={own!r} while the rule {rule.name!r} of "
+            f"direction={of.name!r} goes by the gradient alone; make 'spectral' the direction of "
+            "the optimizer and give the groups that differ direction='sgd', or use "
+            "step_rule='constant'"
         )
     if options["coupled_weight_decay"] and rule.measures and of.held_out:
         raise ValueError(

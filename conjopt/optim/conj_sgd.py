@@ -23,7 +23,7 @@ from conjopt.optim.batch_rule import BatchAdvisor, BatchRule, Recommendation
 from conjopt.optim.batch_rule import batch_rule as rule_of
 from conjopt.optim.blocks import Blocks
 from conjopt.optim.conditions import conditions
-from conjopt.optim.directions import Direction
+from conjopt.optim.directions import ByGroup, Direction
 from conjopt.optim.floor import DataFloor
 from conjopt.optim.gate import Gate, choose
 from conjopt.optim.recording import Recording
@@ -65,7 +65,9 @@ class ConjSGD(Optimizer):
         nesterov: look ahead by one gradient; ignored at momentum 0.
         weight_decay: decoupled, per unit of step; None for 0.1 with ``direction="spectral"`` over
             softmax and logistic losses, which have no minimizer, and 0 otherwise.
-        direction: "spectral" (orthogonalised momentum), "sgd", or a `Direction`.
+        direction: "spectral" (orthogonalised momentum), "sgd", or a `Direction`. A group may have
+            another: "sgd" where the optimizer's is "spectral", and any under
+            ``step_rule="constant"``.
         step_rule: "edge" (the limits above; for "sgd" `GradientEdge`, which goes by the greatest
             curvature of the batch), "constant", or a `StepRule`, whose arguments are ``s``,
             ``rho_min``, ``tau`` and ``realised``. For "sgd" also "smoothness", ``1/(2L)`` of
@@ -142,6 +144,7 @@ class ConjSGD(Optimizer):
     ) -> None:
         self._model, criterion, wrapper = checks.modules(model, loss)
         self._direction = checks.direction(direction)
+        self._directions = {self._direction.name: self._direction}  # of all groups
         self._rule = checks.step_rule(step_rule, self._direction)
         self._batches = BatchAdvisor(rule_of(batch_rule))
         self._floor = DataFloor(checks.data_floor(data_floor))
@@ -175,6 +178,7 @@ class ConjSGD(Optimizer):
         self._warned: set[str] = set()
         defaults = {
             "lr": lr,
+            "direction": self._direction.name,
             "momentum": momentum,
             "nesterov": nesterov,
             "dampening": dampening,
@@ -211,12 +215,17 @@ class ConjSGD(Optimizer):
             [1.0, 0.5]
         """
         before = len(self.param_groups)
+        own = self._direction
+        if isinstance(param_group, dict):  # else torch says what it expects
+            own = checks.direction(param_group.get("direction", own), self._directions)
+            param_group["direction"] = own.name
         super().add_param_group(param_group)
         try:
             for group in self.param_groups[before:]:
                 checks.group(group, self._rule, self._direction)
                 checks.belong(group["params"], self._names, self._model)
                 group.setdefault("step_size", 0.0)
+            self._directions[own.name] = own
         except BaseException:
             del self.param_groups[before:]
             raise
@@ -284,11 +293,12 @@ class ConjSGD(Optimizer):
         gate = self._gate(finite)
         blocks.gradients = [choose(gate, g, 0.0) for g in blocks.gradients]
 
+        direction = self._of_groups(blocks)
         # Measure: the direction, and on measuring steps what it promises.
-        found = self._measure(batch, joined, blocks)
+        found = self._measure(batch, joined, blocks, direction)
         if found is None:
             gradients = blocks.gradients
-            u, pending = self._direction.propose(gradients, gradients, blocks.states, blocks.groups)
+            u, pending = direction.propose(gradients, gradients, blocks.states, blocks.groups)
         else:
             u, pending = found.directions, found.pending
             finite = finite & found.finite
@@ -313,7 +323,7 @@ class ConjSGD(Optimizer):
         self._set_step_sizes(gate)
 
         # Step.
-        self._direction.commit(blocks.gradients, blocks.states, blocks.groups, pending, gate)
+        direction.commit(blocks.gradients, blocks.states, blocks.groups, pending, gate)
         if self._rule.measures and self._direction.held_out:
             blocks.expect_slopes(statistics.steps)
         blocks.move(u, self._max_decay, gate)
@@ -557,15 +567,20 @@ class ConjSGD(Optimizer):
 
     def _admit(self, state: dict[str, Any], given: dict[str, Any]) -> None:
         """Refuse a state that does not fit; keep it for `_take_up`."""
-        given["controller"] = checks.controller(state)
+        given["controller"], given["directions"] = checks.controller(state), {}
         checks.fitting(state, self.param_groups)
         for saved in state["param_groups"]:
-            checks.group({**self.defaults, **saved}, self._rule, self._direction)
+            options = {**self.defaults, **saved}
+            checks.group(options, self._rule, self._direction)
+            given["directions"][options["direction"]] = checks.direction(
+                options["direction"], self._directions
+            )
         given.update(state)
 
     def _take_up(self, given: dict[str, Any]) -> None:
         """What torch leaves to do of loading a state."""
         self.param_groups[0].pop("controller", None)
+        self._directions.update(given["directions"])
         controller = given["controller"]
         self._statistics.load_state_dict(controller["statistics"])
         self._calls, self._trust_only = controller["calls"], controller["trust_only"]
@@ -609,8 +624,9 @@ class ConjSGD(Optimizer):
         `torch.distributed.checkpoint` makes what it loads into by a step at rate 0 along zeros.
         """
         gradients = blocks.gradients
-        _, pending = self._direction.propose(gradients, gradients, blocks.states, blocks.groups)
-        self._direction.commit(gradients, blocks.states, blocks.groups, pending, None)
+        direction = self._of_groups(blocks)
+        _, pending = direction.propose(gradients, gradients, blocks.states, blocks.groups)
+        direction.commit(gradients, blocks.states, blocks.groups, pending, None)
         for state in blocks.states:
             for value in state.values():
                 value.zero_()
@@ -620,7 +636,7 @@ class ConjSGD(Optimizer):
             blocks.average(torch.ones_like(self._statistics.steps))
 
     def _measure(
-        self, batch: Batch | None, joined: Joined | None, blocks: Blocks
+        self, batch: Batch | None, joined: Joined | None, blocks: Blocks, direction: Direction
     ) -> measuring.Found | None:
         """What a measuring step finds, None on an ordinary one."""
         if batch is None or joined is None or not self._due():
@@ -633,7 +649,7 @@ class ConjSGD(Optimizer):
             batch,
             joined,
             blocks,
-            self._direction,
+            direction,
             self._product,
             self._statistics,
             self._trust_only,
@@ -669,6 +685,12 @@ class ConjSGD(Optimizer):
             group["step_size"] = size if least is None else choose(gate, size, 0.0)
 
     # What the step needs to know.
+
+    def _of_groups(self, blocks: Blocks) -> Direction:
+        """The direction, or those that the groups name."""
+        if all(group["direction"] == self._direction.name for group in blocks.groups):
+            return self._direction
+        return ByGroup(self._directions)
 
     def _due(self) -> bool:
         """Whether the next step measures."""

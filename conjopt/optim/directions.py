@@ -7,8 +7,8 @@ commits afterwards.
 from __future__ import annotations
 
 import abc
-from collections.abc import MutableMapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,12 +16,13 @@ from torch import Tensor
 from conjopt.measure.shards import is_sharded, sharded_as, whole
 from conjopt.optim.gate import Gate, choose
 
-__all__ = ["Direction", "Momentum", "Spectral", "orthogonalize"]
+__all__ = ["ByGroup", "Direction", "Momentum", "Spectral", "orthogonalize"]
 
 State = MutableMapping[str, Any]
 
 
 Pending = list[Any]
+T = TypeVar("T")
 
 
 class Direction(abc.ABC):
@@ -120,19 +121,20 @@ class Momentum(Direction):
         """See `Direction.propose`."""
         directions: list[Tensor] = []
         pending: Pending = []
-        for gradient, state, group in zip(gradients, states, groups, strict=True):
-            momentum, old = group["momentum"], state.get("momentum_buffer")
+        for gradient, of_batch, state, group in zip(
+            gradients, batch_gradients, states, groups, strict=True
+        ):
+            momentum = group["momentum"]
             if momentum == 0:
                 directions.append(gradient)
                 pending.append(None)
                 continue
-            if old is None:
-                buffer = gradient.clone()
-            else:
-                buffer = old.mul(momentum).add_(gradient, alpha=1 - group["dampening"])
+            kept = buffer = self._buffer(of_batch, state, group)
+            if gradient is not of_batch:
+                buffer = self._buffer(gradient, state, group)
             nesterov = group["nesterov"]
             directions.append(gradient.add(buffer, alpha=momentum) if nesterov else buffer)
-            pending.append(buffer)
+            pending.append(kept)
         return directions, pending
 
     def commit(
@@ -148,6 +150,12 @@ class Momentum(Direction):
             if buffer is not None:
                 old = state.get("momentum_buffer", 0.0)
                 state["momentum_buffer"] = choose(gate, buffer, old)
+
+    def _buffer(self, gradient: Tensor, state: State, group: dict[str, Any]) -> Tensor:
+        old = state.get("momentum_buffer")
+        if old is None:
+            return gradient.clone()
+        return old.mul(group["momentum"]).add_(gradient, alpha=1 - group["dampening"])
 
 
 class Spectral(Direction):
@@ -256,6 +264,74 @@ class Spectral(Direction):
         return square.lerp(now, share), weight.lerp(torch.ones_like(now), share)
 
 
+class ByGroup(Direction):
+    """The direction that each parameter's group names.
+
+    On measuring steps all are made from the second half of the batch, as held-out slopes are of
+    the whole of ``u``.
+
+    Args:
+        named: the directions by name.
+
+    Example:
+        >>> direction = ByGroup({"sgd": Momentum(), "spectral": Spectral()})
+        >>> groups = [{"momentum": 0.0, "nesterov": False, "direction": d} for d in direction.named]
+        >>> gradients = [torch.diag(torch.tensor([3.0, 1.0]))] * 2
+        >>> u, _ = direction.propose(gradients, gradients, [{}, {}], groups)
+        >>> [bool(torch.equal(t, gradients[0])) for t in u]
+        [True, False]
+    """
+
+    name = "by group"
+    held_out = True
+
+    def __init__(self, named: Mapping[str, Direction]) -> None:
+        self.named = dict(named)
+
+    def propose(
+        self,
+        gradients: Sequence[Tensor],
+        batch_gradients: Sequence[Tensor],
+        states: Sequence[State],
+        groups: Sequence[dict[str, Any]],
+    ) -> tuple[list[Tensor], Pending]:
+        """See `Direction.propose`."""
+        directions: list[Any] = [None] * len(groups)
+        pending: Pending = []
+        for name, direction in self.named.items():
+            places = [i for i, group in enumerate(groups) if group["direction"] == name]
+            if not places:
+                continue
+            own, to_commit = direction.propose(
+                _at(gradients, places),
+                _at(batch_gradients, places),
+                _at(states, places),
+                _at(groups, places),
+            )
+            pending.append((direction, places, to_commit))
+            for i, u in zip(places, own, strict=True):
+                directions[i] = u
+        return directions, pending
+
+    def commit(
+        self,
+        batch_gradients: Sequence[Tensor],
+        states: Sequence[State],
+        groups: Sequence[dict[str, Any]],
+        pending: Pending,
+        gate: Gate,
+    ) -> None:
+        """See `Direction.commit`."""
+        for direction, places, to_commit in pending:
+            direction.commit(
+                _at(batch_gradients, places),
+                _at(states, places),
+                _at(groups, places),
+                to_commit,
+                gate,
+            )
+
+
 # Three quintic steps fitted one after the other to singular values in [0.01, 1].
 COEFFICIENTS = (
     (8.09337, -23.62043, 17.44615),
@@ -309,3 +385,7 @@ def is_matrix(tensor: Tensor) -> bool:
         (True, False, False)
     """
     return tensor.ndim > 1 and tensor.shape[0] > 1 and tensor.numel() > tensor.shape[0]
+
+
+def _at(items: Sequence[T], places: Sequence[int]) -> list[T]:
+    return [items[i] for i in places]

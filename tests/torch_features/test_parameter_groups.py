@@ -4,7 +4,22 @@ import copy
 
 import pytest
 import torch
-from loop import RULES, any_rule, equal, make, network, parameters, same, train
+from loop import (
+    RULES,
+    any_rule,
+    backward,
+    criterion_of,
+    data,
+    equal,
+    make,
+    network,
+    parameters,
+    same,
+    train,
+)
+from torch.testing import assert_close
+
+from conjopt.optim import Direction
 
 
 @any_rule
@@ -170,3 +185,142 @@ def test_options_of_a_group_can_be_changed_between_steps(rule):
     train(model, optimizer, 4)
     train(twin, other, 4)
     assert equal(parameters(model), parameters(twin))
+
+
+# A direction of its own.
+
+
+def mixed(model, first, second, **options):
+    groups = [
+        {"params": model[0].parameters(), "direction": first},
+        {"params": [*model[3].parameters(), *model[5].parameters()], "direction": second},
+    ]
+    return make(model, params=groups, warmup=3, measure_every=4, **options)
+
+
+@pytest.mark.parametrize("default", ["spectral", "sgd"])
+def test_each_group_has_its_direction(default):
+    """Under a constant step a model with two is two optimizers with one each."""
+    constant = {"step_rule": "constant", "lr": 0.02}
+    one, two = network(), network()
+    both = mixed(one, "sgd", "spectral", direction=default, weight_decay=0.1, **constant)
+    apart = [
+        make(two, params=two[0].parameters(), direction="sgd", weight_decay=0.1, **constant),
+        make(two, params=two[3:].parameters(), direction="spectral", weight_decay=0.1, **constant),
+    ]
+    for step in range(6):
+        train(one, both, 1, step)
+        apart[1].zero_grad()
+        backward(two, apart[0], step)
+        for optimizer in apart:
+            optimizer.step()
+    assert equal(parameters(one), parameters(two))
+    assert [group["direction"] for group in both.param_groups] == ["sgd", "spectral"]
+
+
+def test_groups_that_name_the_same_direction_are_one_group():
+    one, two = network(), network()
+    first, second = mixed(one, "spectral", "spectral"), make(two, warmup=3, measure_every=4)
+    train(one, first, 9)
+    train(two, second, 9)
+    assert equal(parameters(one), parameters(two))
+
+
+def test_held_out_slopes_of_both():
+    """The first step: u from the odd rows in both groups, buffers from all rows."""
+    model = network(torch.float64)
+    before = parameters(model)
+    optimizer = mixed(model, "sgd", "spectral", momentum=0.9, weight_decay=0.0)
+    x, y = data(8, torch.float64)
+    grads = {}
+    for name, rows in (("even", slice(0, None, 2)), ("odd", slice(1, None, 2))):
+        loss = torch.nn.functional.cross_entropy(model(x[rows]), y[rows])
+        grads[name] = torch.autograd.grad(loss, list(model.parameters()))
+    criterion_of(optimizer)(model(x), y).backward()
+    optimizer.step()
+    weight, bias = (optimizer.state[p] for p in model[0].parameters())
+    size = optimizer.param_groups[0]["step_size"]
+    for i, state in enumerate((weight, bias)):
+        g, held = grads["odd"][i], grads["even"][i]
+        u = 1.9 * g  # Nesterov's first step
+        slopes = torch.stack([((g + held) / 2 * u).sum(), (held * u).sum()])
+        assert_close(state["slopes"], 0.1 * slopes, rtol=1e-12, atol=0)
+        assert_close(state["momentum_buffer"], (g + held) / 2, rtol=1e-12, atol=1e-15)
+        moved = before[i] - list(model.parameters())[i].detach()
+        assert_close(moved, size * state["shrinkage"] * u, rtol=1e-9, atol=1e-14)
+    status = optimizer.status()
+    measured = sum(
+        float(optimizer.state[p]["slopes"][1]) * float(optimizer.state[p]["shrinkage"])
+        for p in model.parameters()
+    )
+    assert status.slope == pytest.approx(10 * measured, rel=1e-9)
+
+
+def test_mixed_directions_train_and_resume():
+    model = network()
+    optimizer = mixed(model, "sgd", "spectral")
+    first = sum(train(model, optimizer, 1, s) for s in range(5))
+    train(model, optimizer, 30, 5)
+    twin = network()
+    twin.load_state_dict(model.state_dict())
+    other = mixed(twin, "sgd", "spectral")
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    last = sum(train(model, optimizer, 1, s) for s in range(35, 40))
+    for s in range(35, 40):
+        train(twin, other, 1, s)
+    assert equal(parameters(model), parameters(twin))
+    assert last < 0.7 * first
+    assert optimizer.status().skipped_steps == 0
+
+
+def test_a_loaded_state_brings_its_directions():
+    model, twin = network(), network()
+    optimizer = mixed(model, "sgd", "spectral")
+    train(model, optimizer, 6)
+    twin.load_state_dict(model.state_dict())
+    other = mixed(twin, "spectral", "spectral")
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, 6, 6)
+    train(twin, other, 6, 6)
+    assert equal(parameters(model), parameters(twin))
+
+
+class Sign(Direction):
+    """One of a user's own, whose pending state is no list per parameter."""
+
+    name, held_out = "sign", True
+
+    def propose(self, gradients, batch_gradients, states, groups):
+        return [g.sign() * 0.01 for g in gradients], [len(gradients)]
+
+    def commit(self, batch_gradients, states, groups, pending, gate):
+        assert pending == [len(states)]
+
+
+def test_a_direction_of_ones_own():
+    model = network()
+    optimizer = mixed(model, Sign(), "spectral")
+    train(model, optimizer, 6)
+    assert optimizer.param_groups[0]["direction"] == "sign"
+    assert optimizer.status().step == 6
+    assert copy.deepcopy((model, optimizer))[1].param_groups[0]["direction"] == "sign"
+
+
+def test_refused_directions():
+    model = network()
+    with pytest.raises(ValueError, match="or a Direction"):
+        mixed(model, "adam", "spectral")
+    with pytest.raises(ValueError, match="goes by the gradient alone"):
+        mixed(model, "spectral", "sgd", direction="sgd")
+    with pytest.raises(ValueError, match="not the same object"):
+        mixed(model, Sign(), Sign())
+    optimizer = mixed(model, "sgd", "spectral")
+    state = optimizer.state_dict()
+    before = copy.deepcopy(state)
+    state["param_groups"][0]["direction"] = "sign"
+    with pytest.raises(ValueError, match="or a Direction"):
+        optimizer.load_state_dict(state)
+    assert same(optimizer.state_dict(), before)
+    plain = make(network(), direction="sgd")
+    with pytest.raises(ValueError, match="goes by the gradient alone"):
+        plain.load_state_dict(make(network()).state_dict())
