@@ -29,11 +29,13 @@ class Forward:
         replay: runs it again; None unless the watch was armed.
         gradients: by place among the output's tensors, the gradients that reached them.
         samples: by place, their sizes along dimension 0.
+        outputs: by place, the output's tensors themselves; none unless the watch was armed.
     """
 
     replay: Replay | None
     gradients: dict[int, Tensor]
     samples: dict[int, int]
+    outputs: dict[int, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def batch_size(self) -> int | None:

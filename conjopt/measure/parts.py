@@ -15,6 +15,8 @@ from torch import Tensor
 
 from conjopt.measure.noise import halves
 from conjopt.measure.observation import Batch, Forward, Observation, sum_of
+from conjopt.measure.replay import Replay
+from conjopt.measure.row_replay import of_rows
 from conjopt.measure.shards import local, sum_over_shards
 
 __all__ = [
@@ -37,6 +39,7 @@ class Parts:
         second: g2.
         sizes: samples in each part.
         forward: a forward that holds samples of the second part.
+        replay: runs it again, or these samples of it alone.
         mask: (m,) which of its samples belong to the second part; None for all.
         here: whether it does; one of another process may.
     """
@@ -45,6 +48,7 @@ class Parts:
     second: list[Tensor]
     sizes: tuple[int, int] | tuple[Tensor, Tensor]
     forward: Forward
+    replay: Replay
     mask: Tensor | None
     here: bool = True
 
@@ -72,7 +76,12 @@ class Response:
 
 
 def split(
-    batch: Batch, parameters: Mapping[str, Tensor], gradients: Sequence[Tensor], *, changed: bool
+    batch: Batch,
+    parameters: Mapping[str, Tensor],
+    gradients: Sequence[Tensor],
+    *,
+    changed: bool,
+    by_rows: bool = False,
 ) -> Parts | None:
     """Gradients of two parts of the batch.
 
@@ -84,13 +93,20 @@ def split(
             what the parts explain of it by a factor, ``r (G1 + G2)``, is split between them and
             the rest is left in both. Otherwise what did not come through the model's outputs, such
             as a penalty on weights, is left in the second.
+        by_rows: run a part's samples alone where one forward has both, at half the cost.
 
     Returns:
         None if the batch has no two parts: a single sample, or outputs whose samples are not along
         dimension 0.
+
+    Raises:
+        Coupled: with ``by_rows``, if the samples alone are other than among the others.
     """
     forwards = batch.forwards
     size = forwards[0].batch_size
+    replay = forwards[-1].replay
+    assert replay is not None
+    replays: list[Replay | None] = [None, None]
     pulls: list[tuple[list[Forward], Tensor | None]]
     if len(forwards) > 1:
         sizes = [forward.batch_size or 1 for forward in forwards]
@@ -103,13 +119,18 @@ def split(
         even, mask = halves(size, device=batch.weight.device)
         counts = (size - size // 2, size // 2)
         pulls = [(forwards, even), (forwards, mask)]
+        if by_rows:
+            places = torch.arange(size, device=even.device)
+            seen = {place: forwards[0].outputs[place] for place in forwards[0].gradients}
+            replays[0] = of_rows(replay, places[::2], size, seen)
+            replays[1] = replay = of_rows(replay, places[1::2], size)
 
     # Each by itself: one less the other would be rounding where a part has no weight.
     first_share, second_share = (_weight(batch, *pull) / batch.weight for pull in pulls)
-    first = _pull(*pulls[0], parameters, batch.weight)
-    second = _pull(*pulls[1], parameters, batch.weight) if changed else None
+    first = _pull(*pulls[0], replays[0], parameters, batch.weight)
+    second = _pull(*pulls[1], replays[1], parameters, batch.weight) if changed else None
     g1, g2 = of_parts(gradients, first, second, (first_share, second_share))
-    return Parts(g1, g2, counts, forwards[-1], mask)
+    return Parts(g1, g2, counts, forwards[-1], replay, mask)
 
 
 def of_parts(
@@ -241,18 +262,20 @@ def _rows_are_of_samples(batch: Batch, size: int) -> bool:
 def _pull(
     forwards: Sequence[Forward],
     mask: Tensor | None,
+    replay: Replay | None,
     parameters: Mapping[str, Tensor],
     weight: Tensor,
 ) -> list[Tensor]:
-    """The part of g that came through some samples of some forwards."""
+    """The part of g that came through some samples of some forwards, or of a replay of them."""
     total: list[Tensor] | None = None
     for forward in forwards:
-        assert forward.replay is not None
+        runs = forward.replay if replay is None else replay
+        assert runs is not None
         cotangents = {
             place: gradient if mask is None else gradient * _along_rows(mask, gradient)
             for place, gradient in forward.gradients.items()
         }
-        pulled = forward.replay.pull(cotangents, parameters)
+        pulled = runs.pull(cotangents, parameters)
         total = pulled if total is None else list(torch._foreach_add(total, pulled))
     assert total is not None
     return list(torch._foreach_div(total, weight))

@@ -177,7 +177,8 @@ class Ranks:
         first, second = summed[: len(own)], summed[len(own) :]
         g1, g2 = of_parts(gradients, first, second if changed else None, joined.shares)
         forward = batch.forwards[-1]
-        return Parts(g1, g2, joined.sizes, forward, mask=None, here=self.second)
+        assert forward.replay is not None
+        return Parts(g1, g2, joined.sizes, forward, forward.replay, mask=None, here=self.second)
 
     def respond(self, responses: Sequence[Response], here: bool = True) -> list[Response]:
         """What they are for the samples of all ranks; one sum of a few numbers.

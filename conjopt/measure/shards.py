@@ -167,14 +167,14 @@ def total_norm(
         tensor(5.)
     """
     if not is_sharded(tensors[0]):
-        return torch.nn.utils.get_total_norm(tensors, order, foreach=foreach)
+        return _total_norm(tensors, order, foreach)
     shards = [
         shard for t in tensors if (shard := local(t)).numel()
     ]  # a short tensor leaves some empty
     group = _sharding(tensors[0])
     own = torch.zeros((), dtype=tensors[0].dtype, device=local(tensors[0]).device)
     if shards:
-        own = torch.nn.utils.get_total_norm(shards, order, foreach=foreach)
+        own = _total_norm(shards, order, foreach)
     # Each rank's own in a place of its own, as a maximum over ranks may lose what is not a number.
     every = own.new_zeros(dist.get_world_size(group))
     every[dist.get_rank(group)] = own
@@ -253,6 +253,14 @@ def moved_in_place(
         with torch.no_grad():
             for name, value in before.items():
                 local(own[name].detach()).copy_(value)
+
+
+def _total_norm(tensors: Sequence[Tensor], order: float, foreach: bool | None) -> Tensor:
+    if math.isinf(order) and not foreach and tensors[0].device.type == "cpu":
+        # Several times faster than torch's maximum norm there; NaN comes through as well.
+        ends = [torch.aminmax(t) for t in tensors]
+        return torch.stack([end for pair in ends for end in pair]).abs().max()
+    return torch.nn.utils.get_total_norm(tensors, order, foreach=foreach)
 
 
 def _parts(model: nn.Module) -> list[Any]:

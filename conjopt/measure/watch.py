@@ -339,6 +339,7 @@ class Watch:
         forward = Forward(replay, {}, samples)
         if replay is not None:
             for place, tensor in tensors:
+                forward.outputs[place] = tensor.detach()
                 tensor.register_hook(_keeper(self, forward, place))
         self._latest = weakref.ref(forward)
         self._mark(forward, tensors)

@@ -159,15 +159,17 @@ class Blocks:
             max_decay: most that weight decay takes off.
             gate: () whether the step is taken.
         """
+        left: dict[int, Tensor] = {}  # by group, what a step leaves of its parameters
         for parameter, group, state, u in zip(
             self.parameters, self.groups, self.states, directions, strict=True
         ):
             size = group["step_size"]  # a: a tensor, or a number under the constant rule
             if group["weight_decay"] != 0 and not group["coupled_weight_decay"]:
-                taken = size * group["weight_decay"]
+                taken = group["weight_decay"] * size if id(group) not in left else 0.0
                 if isinstance(taken, Tensor):
-                    taken = taken.clamp(max=max_decay)
-                    parameter.mul_(1 - choose(gate, taken, 0.0))
+                    left[id(group)] = 1 - choose(gate, taken.clamp(max=max_decay), 0.0)
+                if id(group) in left:
+                    parameter.mul_(left[id(group)])
                 elif gate is None:
                     parameter.mul_(1 - min(taken, max_decay))
                 else:

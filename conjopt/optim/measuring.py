@@ -6,6 +6,7 @@ curvature of the whole batch, or the change of the outputs alone.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from conjopt.measure.curvature import JacobianProduct, relative_step
 from conjopt.measure.observation import Batch, Forward
 from conjopt.measure.parts import Parts, curvature_product, inner_products, respond, split
 from conjopt.measure.process_group import Joined, Ranks
+from conjopt.measure.replay import Replay
+from conjopt.measure.row_replay import Coupled
 from conjopt.measure.watch import Watch
 from conjopt.optim.blocks import Blocks
 from conjopt.optim.directions import Direction, Pending, is_matrix
@@ -25,6 +28,7 @@ from conjopt.optim.statistics import Measurement, Statistics
 
 __all__ = ["Found", "along_gradient", "change_only", "couples_samples", "held_out", "measure"]
 
+BY_ROWS = (True, False)  # a half's samples are run alone, or else all of them with masks
 RHO_BLOCK_MIN = 0.02  # least share of a block's raw slope that its shrinkage leaves
 
 
@@ -36,6 +40,7 @@ class Trial:
         along: the direction, with the blocks' weights.
         outputs: of the model before the step.
         forward: that they are of.
+        replay: runs it again.
         mask: (m,) the samples to look at; None for all.
         ranks: whose samples count.
         here: whether those of this rank do.
@@ -44,6 +49,7 @@ class Trial:
     along: list[Tensor]
     outputs: list[Tensor | None]
     forward: Forward
+    replay: Replay
     mask: Tensor | None
     ranks: Ranks
     here: bool = True
@@ -56,9 +62,8 @@ class Trial:
             blocks: what is moved.
             size: () of the step.
         """
-        assert self.forward.replay is not None
         with torch.no_grad():
-            moved = self.forward.replay.run(_moved(blocks, self.along, size))
+            moved = self.replay.run(_moved(blocks, self.along, size))
         kept, changes = {}, {}
         for place, (before, after) in enumerate(zip(self.outputs, moved, strict=True)):
             if before is not None and after is not None and place in self.forward.gradients:
@@ -166,7 +171,10 @@ def _parts(watch: Watch, batch: Batch, joined: Joined, blocks: Blocks) -> Parts 
         return watch.ranks.parts(
             batch, joined, parameters, blocks.gradients, local, changed=changed
         )
-    return split(batch, parameters, blocks.gradients, changed=changed)
+    for by_rows in BY_ROWS:
+        with contextlib.suppress(Coupled):
+            return split(batch, parameters, blocks.gradients, changed=changed, by_rows=by_rows)
+    return None
 
 
 def held_out(
@@ -200,7 +208,7 @@ def held_out(
     shrinkage = torch.where(matrix, rho.sqrt(), rho)
     weights = shrinkage * torch.tensor(blocks.ratios, dtype=rho.dtype, device=rho.device)
     along = [tensor * weight for tensor, weight in zip(u, weights, strict=True)]
-    outputs, changes = _changes(product, parts.forward, blocks, along)
+    outputs, changes = _changes(product, parts.forward, parts.replay, blocks, along)
     (response,) = ranks.respond([respond(batch, parts.forward, changes, parts.mask)], parts.here)
     mean_square, noise = parts.noise
     measurement = Measurement(
@@ -211,7 +219,7 @@ def held_out(
         mean_square=mean_square,
         noise=noise,
     )
-    trial = Trial(along, outputs, parts.forward, parts.mask, ranks, parts.here)
+    trial = Trial(along, outputs, parts.forward, parts.replay, parts.mask, ranks, parts.here)
     return Found(u, pending, measurement, slopes, shrinkage, trial=trial)
 
 
@@ -239,7 +247,7 @@ def along_gradient(
     u, pending = direction.propose(gradients, gradients, blocks.states, blocks.groups)
     along = [t if r == 1 else t * r for t, r in zip(u, blocks.ratios, strict=True)]
     forward = batch.forwards[-1]
-    _, changes = _changes(product, forward, blocks, along)
+    _, changes = _changes(product, forward, forward.replay, blocks, along)
     (response,) = watch.ranks.respond([respond(batch, forward, changes, None)])
     measurement = Measurement(
         change=response.change,
@@ -284,7 +292,7 @@ def _top(
     for _ in range(products):
         unit = [v / top.clamp_min(torch.finfo(top.dtype).tiny).to(v.dtype) for v in vector]
         moved = [v * root for v, root in zip(unit, roots, strict=True)]
-        _, changes = _changes(product, forward, blocks, moved)
+        _, changes = _changes(product, forward, forward.replay, blocks, moved)
         bent = ranks.sum(curvature_product(batch, forward, changes, blocks.by_name, total))
         vector = [h * root for h, root in zip(bent, roots, strict=True)]
         top = inner_products(vector, vector).sum().sqrt()
@@ -321,7 +329,7 @@ def change_only(batch: Batch, blocks: Blocks, direction: Direction, ranks: Ranks
     (response,) = ranks.respond([respond(batch, forward, changes, None)])
     raw = inner_products(gradients, along).sum()
     measurement = Measurement(change=response.change, raw_slope=raw)
-    trial = Trial(along, here, forward, None, ranks)
+    trial = Trial(along, here, forward, forward.replay, None, ranks)
     return Found(u, pending, measurement, trust_only=True, trial=trial)
 
 
@@ -344,11 +352,15 @@ def couples_samples(model: nn.Module) -> bool:
 
 
 def _changes(
-    product: JacobianProduct, forward: Forward, blocks: Blocks, along: Sequence[Tensor]
+    product: JacobianProduct,
+    forward: Forward,
+    replay: Replay | None,
+    blocks: Blocks,
+    along: Sequence[Tensor],
 ) -> tuple[list[Tensor | None], dict[int, Tensor]]:
-    assert forward.replay is not None
+    assert replay is not None
     direction = dict(zip(blocks.names, along, strict=True))
-    outputs, changes = product(forward.replay.run, blocks.by_name, direction)
+    outputs, changes = product(replay.run, blocks.by_name, direction)
     seen = {
         place: change
         for place, change in enumerate(changes)
