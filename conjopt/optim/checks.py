@@ -294,7 +294,7 @@ def controller(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         missing |= {"times", "batch_size"} - set(found["batches"])
     if missing:
         raise ValueError(f"ConjSGD.load_state_dict: the controller lacks {sorted(missing)}; {load}")
-    kinds = {"calls": int, "trust_only": bool, "statistics": dict, "batches": dict}
+    kinds = {"calls": int, "trust_only": bool, "statistics": dict, "batches": dict, "chunks": int}
     damaged = [
         name for name, kind in kinds.items() if not isinstance(found.get(name, kind()), kind)
     ]

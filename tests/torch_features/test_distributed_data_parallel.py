@@ -8,14 +8,12 @@ import contextlib
 import datetime
 import itertools
 import os
-import traceback
 import warnings
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import Processes
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
@@ -25,66 +23,7 @@ from conjopt.bounds import ConvergenceLedger
 from conjopt.optim import Edge
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch has no distributed")
-LIMIT = datetime.timedelta(seconds=60)
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
-
-
-# Processes.
-
-
-def serve(rank: int, ranks: int, file: str, tasks: Any, results: Any) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("error")
-    distributed.init_process_group(
-        "gloo", f"file://{file}", timeout=LIMIT, rank=rank, world_size=ranks
-    )
-    while True:
-        function, args, kwargs = tasks.get()
-        try:
-            results.put((rank, function(*args, **kwargs), None))
-        except BaseException:
-            results.put((rank, None, traceback.format_exc()))
-
-
-class Processes:
-    """As many ranks; started when they are first needed, and anew after an error."""
-
-    def __init__(self, ranks: int, folder: Path):
-        self.ranks, self.folder, self.starts = ranks, folder, 0
-        self.processes: list[Any] = []
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
-        if not self.processes:
-            self.start()
-        for tasks in self.tasks:
-            tasks.put((function, args, kwargs))
-        found = {}
-        for _ in range(self.ranks):
-            rank, value, error = self.results.get(timeout=120)
-            if error is not None:
-                self.stop()
-                raise AssertionError(f"on rank {rank}:\n{error}")
-            found[rank] = value
-        return [found[rank] for rank in range(self.ranks)]
-
-    def start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.results = context.Queue()
-        self.tasks = [context.Queue() for _ in range(self.ranks)]
-        self.starts += 1
-        file = str(self.folder / f"init{self.ranks}_{self.starts}")
-        self.processes = [
-            context.Process(target=serve, args=(r, self.ranks, file, self.tasks[r], self.results))
-            for r in range(self.ranks)
-        ]
-        for process in self.processes:
-            process.start()
-
-    def stop(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.join()
-        self.processes = []
 
 
 @pytest.fixture(scope="module")
@@ -537,7 +476,8 @@ def test_how_often_ranks_wait_for_each_other(two):
     measuring = [7, numbers, 3, 6]  # the batch, the halves, their response, the trial
     assert found == [measuring, measuring, measuring, [7], [7]]
     found, _ = two(counted, {"direction": "sgd"})
-    measuring = [7, 3, numbers, numbers, numbers]  # two of them curvature products
+    # The batch, the response, two curvature products with a word of each rank, the halves.
+    measuring = [7, 3, numbers + 1, numbers + 1, numbers]
     assert found == [measuring, measuring, measuring, [7], [7]]
     assert two(counted, RULES["spectral constant"])[0] == [[]] * 5
 
