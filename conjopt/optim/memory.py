@@ -41,6 +41,7 @@ class Memory:
     def __init__(self) -> None:
         self.chunks = 1
         self._unsaid = self._said = False
+        self._given_up = False  # the measurement that is under way
 
     def attempt(
         self, work: Callable[..., Result], *args: Any, shrink: bool = True
@@ -73,17 +74,24 @@ class Memory:
             work: see `attempt`.
             args: of it.
         """
+        self._given_up = False
         return work(*args) if ranks.several else self.attempt(work, *args)
 
     def together(self, ranks: Ranks, work: Callable[..., Result], *args: Any) -> Result | None:
         """`attempt` work that sends nothing, on several ranks; in a single process `alone` does.
+
+        What follows in a measurement that has failed is not tried any more.
 
         Args:
             ranks: that share the step.
             work: see `attempt`.
             args: of it.
         """
-        return self.attempt(work, *args) if ranks.several else work(*args)
+        if not ranks.several:
+            return work(*args)
+        found = None if self._given_up else self.attempt(work, *args)
+        self._given_up = found is None
+        return found
 
     def fit(self, batch: Batch) -> None:
         """Let the forwards of a batch run again in chunks, if memory did not do before.
