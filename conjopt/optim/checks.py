@@ -60,12 +60,9 @@ def modules(
             "ConjSGD: got a DataParallel as model=, whose copies of the model cannot be watched; "
             "use torch.nn.parallel.DistributedDataParallel, or train the inner module on one device"
         )
-    if isinstance(getattr(model, "_orig_mod", None), DistributedDataParallel):
-        raise TypeError(
-            "ConjSGD: got a compiled DistributedDataParallel as model=, which cannot be run again "
-            "for a measurement; compile the inner module: "
-            "DistributedDataParallel(torch.compile(module))"
-        )
+    compiled = getattr(model, "_orig_mod", None)
+    if isinstance(compiled, DistributedDataParallel):  # whose module is watched as ever
+        model = compiled
     if isinstance(model, DistributedDataParallel):
         return model.module, loss, model
     return model, loss, None
