@@ -1,6 +1,7 @@
 """Processes of a gloo group that run functions of a test module.
 
-They stay up for a module; what a function returns comes back as a list over the ranks.
+The fixtures `two` and `three` are of them; what a function returns comes back as a list over the
+ranks.
 """
 
 import datetime

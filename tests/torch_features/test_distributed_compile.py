@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from processes import Processes
 from test_distributed_data_parallel import RULES, batches, bits, dealt, left, network, train
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -13,13 +12,6 @@ from conjopt import ConjSGD
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch has no distributed")
 OPTIONS = {"warmup": 3, "measure_every": 3}
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    processes = Processes(2, tmp_path_factory.mktemp("two"))
-    yield processes
-    processes.stop()
 
 
 def compiled_run(rule: str, what: str) -> dict[str, Any]:

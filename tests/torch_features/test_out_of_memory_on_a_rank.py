@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from processes import Processes
 from test_distributed_data_parallel import RULES, agree, batches, dealt, left, network, same
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -16,13 +15,6 @@ from conjopt.optim.measuring import Found
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch has no distributed")
 OPTIONS = {"warmup": 4, "measure_every": 3}
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    processes = Processes(2, tmp_path_factory.mktemp("two"))
-    yield processes
-    processes.stop()
 
 
 def run(
