@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["Gate", "choose"]
+__all__ = ["Gate", "choose", "write"]
 
 Gate = Tensor | None  # () whether the step is taken; None where that is known already
 
@@ -23,3 +23,26 @@ def choose(gate: Gate, new: Tensor, old: Tensor | float) -> Tensor:
         tensor([0.])
     """
     return new if gate is None else torch.where(gate, new, old)
+
+
+def write(gate: Gate, new: Tensor, old: Tensor | float) -> Tensor:
+    """`choose` what a state is to hold; on a device in the memory of the old value.
+
+    A step that was captured in a CUDA graph goes on reading and writing that memory.
+
+    Args:
+        gate: () boolean on the device, or None for a step that is taken.
+        new: what the step would write.
+        old: what stays otherwise; a number where there is none yet.
+
+    Returns:
+        what to hold.
+
+    Example:
+        >>> old = torch.zeros(1)
+        >>> write(torch.tensor(True), torch.ones(1), old) is old
+        True
+    """
+    if gate is None or not isinstance(old, Tensor) or old.dtype != new.dtype:
+        return choose(gate, new, old)
+    return torch.where(gate, new, old, out=old)

@@ -27,7 +27,7 @@ from conjopt.measure.process_group import Joined, Ranks
 from conjopt.measure.watch import Watch
 from conjopt.optim.blocks import Blocks
 from conjopt.optim.directions import Direction, Pending, is_matrix
-from conjopt.optim.gate import Gate, choose
+from conjopt.optim.gate import Gate, write
 from conjopt.optim.memory import Memory
 from conjopt.optim.statistics import Measurement, Statistics
 
@@ -145,8 +145,8 @@ class Found:
         if self.slopes is None or self.shrinkage is None:
             return
         for state, slopes, weight in zip(states, self.slopes, self.shrinkage, strict=True):
-            state["slopes"] = choose(gate, slopes, state.get("slopes", 0.0))
-            state["shrinkage"] = choose(gate, weight, state.get("shrinkage", 1.0))
+            state["slopes"] = write(gate, slopes, state.get("slopes", 0.0))
+            state["shrinkage"] = write(gate, weight, state.get("shrinkage", 1.0))
 
 
 def measure(
