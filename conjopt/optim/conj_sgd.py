@@ -372,6 +372,30 @@ class ConjSGD(Optimizer):
         """
         self._watch.observe(outputs, targets, scale)
 
+    @property
+    def measures_next(self) -> bool:
+        """Whether the next step measures or records, so that no captured step can stand for it.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> ConjSGD(model.parameters(), model=model, loss=nn.MSELoss()).measures_next
+            True
+        """
+        return self._needs_watch()
+
+    def replayed(self) -> None:
+        """Count an ordinary step that a CUDA graph took, in which `step` was captured.
+
+        See docs/how_it_works.md.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> optimizer = ConjSGD(model.parameters(), model=model, loss=nn.MSELoss())
+            >>> optimizer.replayed()
+        """
+        self._calls += 1
+        self._watch.armed = self._needs_watch()
+
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """Put the tail average of the parameters in their place inside the block, to evaluate with.
@@ -674,7 +698,11 @@ class ConjSGD(Optimizer):
             size = group["lr"] if least is None else least * group["lr"]
             if (cap := group["max_step"]) is not None:
                 size = size.clamp(max=cap) if isinstance(size, Tensor) else min(size, cap)
-            group["step_size"] = size if least is None else choose(gate, size, 0.0)
+            if least is not None:
+                size, held = choose(gate, size, 0.0), group["step_size"]
+                if gate is not None and isinstance(held, Tensor):  # see `gate.write`
+                    size = held.copy_(size)
+            group["step_size"] = size
 
     # What the step needs to know.
 
