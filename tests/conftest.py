@@ -2,8 +2,10 @@
 
 import os
 
+import pytest
 import torch
 from hypothesis import settings
+from processes import Processes
 
 # Small tensors: further threads would only wait for one another.
 torch.set_num_threads(1)
@@ -11,3 +13,20 @@ torch.set_num_threads(1)
 # No test fails for being slow; in continuous integration the examples are the same every time.
 settings.register_profile("conjopt", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("conjopt")
+
+
+# Processes of a group, which stay up for all modules, as it takes them seconds to start.
+
+
+@pytest.fixture(scope="session")
+def two(tmp_path_factory):
+    processes = Processes(2, tmp_path_factory.mktemp("two"))
+    yield processes
+    processes.stop()
+
+
+@pytest.fixture(scope="session")
+def three(tmp_path_factory):
+    processes = Processes(3, tmp_path_factory.mktemp("three"))
+    yield processes
+    processes.stop()

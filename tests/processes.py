@@ -1,4 +1,8 @@
-"""Processes of torch.distributed that tests run functions in."""
+"""Processes of a gloo group that run functions of a test module.
+
+The fixtures `two` and `three` are of them; what a function returns comes back as a list over the
+ranks.
+"""
 
 import datetime
 import traceback
@@ -34,14 +38,16 @@ class Processes:
         self.ranks, self.folder, self.starts = ranks, folder, 0
         self.processes: list[Any] = []
 
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+    def __call__(
+        self, function: Callable[..., Any], *args: Any, limit: float = 120, **kwargs: Any
+    ) -> list[Any]:
         if not self.processes:
             self.start()
         for tasks in self.tasks:
             tasks.put((function, args, kwargs))
         found = {}
         for _ in range(self.ranks):
-            rank, value, error = self.results.get(timeout=120)
+            rank, value, error = self.results.get(timeout=limit)
             if error is not None:
                 self.stop()
                 raise AssertionError(f"on rank {rank}:\n{error}")

@@ -16,6 +16,7 @@ from conjopt.measure.parts import curvature_product
 from conjopt.measure.process_group import Ranks
 from conjopt.optim.blocks import Blocks
 from conjopt.optim.measuring import _changes, _top
+from conjopt.optim.memory import Memory
 
 LABELS = torch.tensor([0, 2, 1, 2, 0, 1, 1])
 WEIGHTS = torch.tensor([1.0, 0.3, 2.5]).double()
@@ -250,7 +251,7 @@ def test_the_power_method_comes_from_below_to_the_greatest_eigenvalue(name: str)
     before, greatest = 0.0, float(torch.linalg.eigvalsh(matrix)[-1])
     for products in range(1, 7):
         with torch.no_grad():
-            top = _top(
+            top, lost = _top(
                 batch,
                 batch.forwards[-1],
                 blocks,
@@ -258,7 +259,10 @@ def test_the_power_method_comes_from_below_to_the_greatest_eigenvalue(name: str)
                 products,
                 batch.weight,
                 Ranks(),
-            ).item()
+                Memory(),
+            )
+        top = top.item()
+        assert not lost
         vector = matrix @ (vector / vector.norm())
         assert top == pytest.approx(float(vector.norm()), rel=1e-9)
         assert before * (1 - 1e-9) <= top <= greatest * (1 + 1e-9)

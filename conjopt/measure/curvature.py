@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conjopt.losses import FenchelYoungLoss, potential_of
+from conjopt.measure.chunks import ran_out_of_memory
 from conjopt.measure.replay import Replay, refuse_reentrant
 from conjopt.measure.shards import total_norm
 from conjopt.potentials import Potential
@@ -100,18 +101,18 @@ class JacobianProduct:
         if self.method == "forward":
             try:
                 return self._forward(run, moving, direction)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:
+            except RuntimeError as error:
+                if ran_out_of_memory(error):
+                    raise
                 # No forward derivative somewhere (NotImplementedError is a RuntimeError).
                 run(moving)  # the model's own errors are the caller's to see
                 self.method = "two_vjps"
         if self.method == "two_vjps":
             try:
                 return self._two_vjps(run, moving, direction)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:
+            except RuntimeError as error:
+                if ran_out_of_memory(error):
+                    raise
                 run(moving)
                 self.method = "differences"
         return self._differences(run, moving, direction)

@@ -67,12 +67,29 @@ class Response:
     Attributes:
         curvature: () ``q = mean_i (J_i u)^T H_i (J_i u)`` (Thm 2.6).
         change: () ``V = rms_i ||J_i u||`` on the tangent space (Thm 3.6).
-        weight: () ``sum kappa c`` of the samples.
+        weight: () ``sum kappa c`` of the samples; NaN if a rank could not measure its own.
     """
 
     curvature: Tensor
     change: Tensor
     weight: Tensor
+
+    @property
+    def lost(self) -> Tensor:
+        """() whether a rank ran out of memory and sent `nothing`."""
+        return self.weight.isnan()
+
+    @classmethod
+    def nothing(cls, batch: Batch) -> Response:
+        """What stands for the response of a rank that ran out of memory.
+
+        Args:
+            batch: whose type it has, as all ranks have to send the same.
+        """
+        types = [_wide(o.outputs).dtype for o in batch.observations if o.outputs is not None]
+        dtype = functools.reduce(torch.promote_types, types, batch.weight.dtype)
+        nan = torch.full_like(batch.weight, torch.nan, dtype=dtype)
+        return cls(nan, nan, nan)
 
 
 def split(

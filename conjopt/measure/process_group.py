@@ -184,8 +184,11 @@ class Ranks:
         """What they are for the samples of all ranks; one sum of a few numbers.
 
         Args:
-            responses: of this rank's samples.
+            responses: of this rank's samples; `Response.nothing` where it could not tell.
             here: whether these count.
+
+        Returns:
+            as many; lost on all ranks if they are on one, whether its samples count or not.
         """
         if not self.several:
             return list(responses)
@@ -194,7 +197,7 @@ class Ranks:
             for r in responses
         ]
         joined = []
-        sent = own if here else [torch.zeros_like(t) for t in own]
+        sent = own if here else [torch.where(t[2].isnan(), t, 0.0) for t in own]
         for curvature, square, weight in self.sum(sent):
             total = torch.where(weight > 0, weight, 1.0)
             joined.append(Response(curvature / total, (square / total).sqrt(), weight))

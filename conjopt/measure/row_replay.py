@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from conjopt.measure.chunks import ran_out_of_memory
 from conjopt.measure.replay import Replay
 
 __all__ = ["Coupled", "RowReplay", "of_rows"]
@@ -40,10 +41,9 @@ class RowReplay(Replay):
         """See `Replay.run`; every leaf has the rows of the whole batch."""
         try:
             leaves = super().run(parameters, copy=copy)
-        except torch.OutOfMemoryError:
-            raise
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            if not self.expected:  # what is known to run may lack a forward derivative, say
+            # What is known to run may still lack a forward derivative, say.
+            if not self.expected or ran_out_of_memory(error):
                 raise
             raise Coupled(f"the samples do not run by themselves: {error}") from error
         spread = [None if leaf is None else self._spread(leaf) for leaf in leaves]
@@ -75,7 +75,8 @@ def of_rows(
         expected: by place, outputs of the batch that those of the samples are to agree with.
 
     Raises:
-        Coupled: if no input has m rows, or a dropout layer draws for the whole batch.
+        Coupled: if no input has m rows, a dropout layer draws for the whole batch, or memory does
+            for chunks of it only.
 
     Example:
         >>> model, x = nn.Linear(2, 1), torch.ones(4, 2)
@@ -84,6 +85,8 @@ def of_rows(
         >>> (some == model(x)).flatten()
         tensor([False,  True, False,  True])
     """
+    if type(replay) is not Replay:
+        raise Coupled("the samples run in chunks already")
     dropouts = (m for m in replay.model.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
     if any(m.training and m.p > 0 for m in dropouts):
         raise Coupled("dropout draws for the whole batch")

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from conjopt.measure.chunks import ran_out_of_memory
 from conjopt.measure.krylov import ROUNDING, Ritz, lanczos
 from conjopt.measure.layers.tape import Tape
 from conjopt.measure.linearised import (
@@ -262,10 +263,10 @@ def sample_top_eigenvalues(
                 found = _top(lanczos(product, start, steps=steps), outputs)
                 if not product.agreement.fails():
                     return found
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:
-                pass  # what is the model's own fault is said again below
+            except RuntimeError as error:
+                if ran_out_of_memory(error):
+                    raise
+                # what is the model's own fault is said again below
         if not tape.samples:
             empty = outputs.new_zeros(0)
             return Eigenvalue(empty, empty)

@@ -69,12 +69,9 @@ def modules(
             "ConjSGD: the model has a FullyShardedDataParallel, whose flat shards hide the layers' "
             "matrices; shard with torch.distributed.fsdp.fully_shard (FSDP2)"
         )
-    if isinstance(getattr(model, "_orig_mod", None), DistributedDataParallel):
-        raise TypeError(
-            "ConjSGD: got a compiled DistributedDataParallel as model=, which cannot be run again "
-            "for a measurement; compile the inner module: "
-            "DistributedDataParallel(torch.compile(module))"
-        )
+    compiled = getattr(model, "_orig_mod", None)
+    if isinstance(compiled, DistributedDataParallel):  # whose module is watched as ever
+        model = compiled
     if isinstance(model, DistributedDataParallel):
         return model.module, loss, model
     return model, loss, None
@@ -337,7 +334,7 @@ def controller(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         missing |= {"times", "batch_size"} - set(found["batches"])
     if missing:
         raise ValueError(f"ConjSGD.load_state_dict: the controller lacks {sorted(missing)}; {load}")
-    kinds = {"calls": int, "trust_only": bool, "statistics": dict, "batches": dict}
+    kinds = {"calls": int, "trust_only": bool, "statistics": dict, "batches": dict, "chunks": int}
     damaged = [
         name for name, kind in kinds.items() if not isinstance(found.get(name, kind()), kind)
     ]

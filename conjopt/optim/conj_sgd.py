@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,11 +25,13 @@ from conjopt.optim.conditions import conditions
 from conjopt.optim.directions import ByGroup, Direction
 from conjopt.optim.floor import DataFloor
 from conjopt.optim.gate import Gate, choose
+from conjopt.optim.memory import Memory
 from conjopt.optim.recording import Recording
 from conjopt.optim.scaling import unscaled_by
 from conjopt.optim.statistics import Statistics
 from conjopt.optim.status import Status
 from conjopt.optim.step_size import StepRule
+from conjopt.optim.user_frame import levels_to_the_user
 from conjopt.potentials import Logistic, Softmax
 
 __all__ = ["ConjSGD"]
@@ -154,7 +155,8 @@ class ConjSGD(Optimizer):
         checks.count("measure_every", measure_every, 1)
         checks.count("warmup", warmup, 1)
         checks.count("ledger_every", ledger_every, 1)
-        self._recording = Recording(checks.ledger(ledger), ledger_every)
+        self._memory = Memory()
+        self._recording = Recording(checks.ledger(ledger), ledger_every, self._memory)
         self._every, self._warmup, self._average = measure_every, warmup, average
         self._foreach, self._max_decay = foreach, max_decay
         names = {id(p): name for name, p in self._model.named_parameters()}
@@ -339,6 +341,7 @@ class ConjSGD(Optimizer):
         self._batches.record(batch, joined, self._watch.ranks.size, measured=found is not None)
         self._watch.release()
         self._watch.armed = self._needs_watch()
+        self._memory.say_once()
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -380,6 +383,30 @@ class ConjSGD(Optimizer):
             >>> optimizer.step()
         """
         self._watch.observe(outputs, targets, scale)
+
+    @property
+    def measures_next(self) -> bool:
+        """Whether the next step measures or records, so that no captured step can stand for it.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> ConjSGD(model.parameters(), model=model, loss=nn.MSELoss()).measures_next
+            True
+        """
+        return self._needs_watch()
+
+    def replayed(self) -> None:
+        """Count an ordinary step that a CUDA graph took, in which `step` was captured.
+
+        See docs/how_it_works.md.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> optimizer = ConjSGD(model.parameters(), model=model, loss=nn.MSELoss())
+            >>> optimizer.replayed()
+        """
+        self._calls += 1
+        self._watch.armed = self._needs_watch()
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -562,6 +589,8 @@ class ConjSGD(Optimizer):
         }
         if self._batches.rule is not None:
             controller["batches"] = self._batches.state_dict()
+        if self._memory.chunks > 1:
+            controller["chunks"] = self._memory.chunks
         state["param_groups"][0]["controller"] = controller
         return state
 
@@ -593,6 +622,7 @@ class ConjSGD(Optimizer):
             for key, saved in given["state"].get(number, {}).items():
                 value = saved if key in BLOCK_STATE else self.state[parameter][key]
                 self.state[parameter][key] = value.clone().to(parameter.device)
+        self._memory.chunks = controller.get("chunks", 1)
         self._watch.armed = self._needs_watch()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -644,7 +674,9 @@ class ConjSGD(Optimizer):
         if any(forward.replay is None for forward in batch.forwards):
             return None
         checks.shared(self._model, self._watch.ranks)
-        return measuring.measure(
+        found = self._memory.alone(
+            self._watch.ranks,
+            measuring.measure,
             self._watch,
             batch,
             joined,
@@ -654,7 +686,9 @@ class ConjSGD(Optimizer):
             self._statistics,
             self._trust_only,
             self._rule.products,
+            self._memory,
         )
+        return None if found is not None and found.nothing else found
 
     def _try(self, batch: Batch | None, blocks: Blocks, found: measuring.Found, gate: Gate) -> None:
         """Try the step on the measured samples, as the limits trust the linearised model."""
@@ -670,7 +704,9 @@ class ConjSGD(Optimizer):
         caps = [group["max_step"] for group in blocks.groups]
         if most > 0 and all(cap is not None for cap in caps):
             tried = tried.clamp(max=max(caps) / most)
-        change = found.trial.change(batch, blocks, tried * most).to(radius)
+        change = found.trial.change(batch, blocks, tried * most, self._memory).to(radius)
+        known = ~(change < 0)
+        gate = known if gate is None else gate & known
         self._rule.after_trying(statistics, tried, change, radius, gate)
 
     def _set_step_sizes(self, gate: Gate) -> None:
@@ -682,7 +718,11 @@ class ConjSGD(Optimizer):
             size = group["lr"] if least is None else least * group["lr"]
             if (cap := group["max_step"]) is not None:
                 size = size.clamp(max=cap) if isinstance(size, Tensor) else min(size, cap)
-            group["step_size"] = size if least is None else choose(gate, size, 0.0)
+            if least is not None:
+                size, held = choose(gate, size, 0.0), group["step_size"]
+                if gate is not None and isinstance(held, Tensor):  # see `gate.write`
+                    size = held.copy_(size)
+            group["step_size"] = size
 
     # What the step needs to know.
 
@@ -695,7 +735,8 @@ class ConjSGD(Optimizer):
     def _due(self) -> bool:
         """Whether the next step measures."""
         number = self._calls + 1
-        return self._rule.measures and (number <= self._warmup or number % self._every == 0)
+        due = number <= self._warmup or number % self._every == 0 or not self._statistics.measured
+        return self._rule.measures and due
 
     def _needs_watch(self) -> bool:
         """Whether the next step needs more of the loop than its losses."""
@@ -725,7 +766,7 @@ class ConjSGD(Optimizer):
                 "steps. If they go on, look for infinities in inputs, targets and loss, and for "
                 "batches in which no sample counts.",
                 RuntimeWarning,
-                stacklevel=_levels_to_the_user(),
+                stacklevel=levels_to_the_user(),
             )
         if "floor" not in self._warned and bool(statistics.lowered > 0):
             self._warned.add("floor")
@@ -734,15 +775,5 @@ class ConjSGD(Optimizer):
                 "the training loss; going on without it. Give the floor in the criterion's units, "
                 'or leave data_floor="auto".',
                 RuntimeWarning,
-                stacklevel=_levels_to_the_user(),
+                stacklevel=levels_to_the_user(),
             )
-
-
-def _levels_to_the_user() -> int:
-    """How many frames above the caller the user's own line is, past torch's wrappers of `step`."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
-        ("conjopt.optim", "torch.")
-    ):
-        level, frame = level + 1, frame.f_back
-    return level

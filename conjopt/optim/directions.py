@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from conjopt.measure.shards import is_sharded, sharded_as, whole
-from conjopt.optim.gate import Gate, choose
+from conjopt.optim.gate import Gate, write
 
 __all__ = ["ByGroup", "Direction", "Momentum", "Spectral", "orthogonalize"]
 
@@ -149,7 +149,7 @@ class Momentum(Direction):
         for buffer, state in zip(pending, states, strict=True):
             if buffer is not None:
                 old = state.get("momentum_buffer", 0.0)
-                state["momentum_buffer"] = choose(gate, buffer, old)
+                state["momentum_buffer"] = write(gate, buffer, old)
 
     def _buffer(self, gradient: Tensor, state: State, group: dict[str, Any]) -> Tensor:
         old = state.get("momentum_buffer")
@@ -245,8 +245,8 @@ class Spectral(Direction):
             batch_gradients, states, groups, pending, strict=True
         ):
             if squares is not None:
-                state["square"] = choose(gate, squares[0], state.get("square", 0.0))
-                state["square_weight"] = choose(gate, squares[1], state.get("square_weight", 0.0))
+                for name, value in zip(("square", "square_weight"), squares, strict=True):
+                    state[name] = write(gate, value, state.get(name, 0.0))
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(gradient)
             share = 1 - group["momentum"]

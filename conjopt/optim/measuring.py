@@ -16,14 +16,22 @@ from torch import Tensor, nn
 
 from conjopt.measure.curvature import JacobianProduct, relative_step
 from conjopt.measure.observation import Batch, Forward
-from conjopt.measure.parts import Parts, curvature_product, inner_products, respond, split
+from conjopt.measure.parts import (
+    Parts,
+    Response,
+    curvature_product,
+    inner_products,
+    respond,
+    split,
+)
 from conjopt.measure.process_group import Joined, Ranks
 from conjopt.measure.replay import Replay
 from conjopt.measure.row_replay import Coupled
 from conjopt.measure.watch import Watch
 from conjopt.optim.blocks import Blocks
 from conjopt.optim.directions import Direction, Pending, is_matrix
-from conjopt.optim.gate import Gate, choose
+from conjopt.optim.gate import Gate, write
+from conjopt.optim.memory import Memory
 from conjopt.optim.statistics import Measurement, Statistics
 
 __all__ = ["Found", "along_gradient", "change_only", "couples_samples", "held_out", "measure"]
@@ -38,7 +46,7 @@ class Trial:
 
     Attributes:
         along: the direction, with the blocks' weights.
-        outputs: of the model before the step.
+        outputs: of the model before the step; empty where memory did not do for them.
         forward: that they are of.
         replay: runs it again.
         mask: (m,) the samples to look at; None for all.
@@ -49,31 +57,46 @@ class Trial:
     along: list[Tensor]
     outputs: list[Tensor | None]
     forward: Forward
-    replay: Replay
+    replay: Replay | None
     mask: Tensor | None
     ranks: Ranks
     here: bool = True
 
-    def change(self, batch: Batch, blocks: Blocks, size: Tensor) -> Tensor:
+    def change(self, batch: Batch, blocks: Blocks, size: Tensor, memory: Memory) -> Tensor:
         """() rms change of the outputs by a step, less what rounding makes of it.
 
         Args:
             batch: observed while the watch was armed.
             blocks: what is moved.
             size: () of the step.
+            memory: there is.
+
+        Returns:
+            the change; -1 if memory ran out, on any rank.
         """
+        found = memory.attempt(self._try, batch, blocks, size) if self.outputs else None
+        if found is None:
+            found = [Response.nothing(batch)] * 2
+        changed, whole = self.ranks.respond(found, self.here)
+        types = [
+            output.dtype
+            for place, output in enumerate(self.outputs)
+            if output is not None and place in self.forward.gradients
+        ]
+        eps = max((torch.finfo(dtype).eps for dtype in types), default=0.0)
+        change = (changed.change - 8 * eps * whole.change).clamp_min(0)
+        return torch.where(changed.lost, -1.0, change)
+
+    def _try(self, batch: Batch, blocks: Blocks, size: Tensor) -> list[Response]:
+        """The response to the change of the outputs, and to the outputs themselves."""
+        assert self.replay is not None
         with torch.no_grad():
             moved = self.replay.run(_moved(blocks, self.along, size))
         kept, changes = {}, {}
         for place, (before, after) in enumerate(zip(self.outputs, moved, strict=True)):
             if before is not None and after is not None and place in self.forward.gradients:
                 kept[place], changes[place] = before, after - before
-        changed, whole = self.ranks.respond(
-            [respond(batch, self.forward, by_place, self.mask) for by_place in (changes, kept)],
-            self.here,
-        )
-        eps = max(torch.finfo(output.dtype).eps for output in kept.values())
-        return (changed.change - 8 * eps * whole.change).clamp_min(0)
+        return [respond(batch, self.forward, by_place, self.mask) for by_place in (changes, kept)]
 
 
 @dataclasses.dataclass(eq=False)
@@ -87,6 +110,7 @@ class Found:
         slopes: (blocks, 2) running raw and held-out slopes of each block; None without halves.
         shrinkage: (blocks,) the weights ``w`` of the blocks that follow; None to leave them.
         trust_only: whether slopes and curvature could not be measured.
+        lost: () whether a rank ran out of memory, so that this is no measurement; None for no.
         trial: for trying the step on the outputs; None where that is not done.
     """
 
@@ -96,7 +120,16 @@ class Found:
     slopes: Tensor | None = None
     shrinkage: Tensor | None = None
     trust_only: bool = False
+    lost: Tensor | None = None
     trial: Trial | None = None
+
+    @property
+    def nothing(self) -> bool:
+        """On a CPU, whether this is no measurement, on all ranks alike.
+
+        A device is not asked: there the measurement is not finite, which gives up the step.
+        """
+        return self.lost is not None and self.lost.device.type == "cpu" and bool(self.lost)
 
     @property
     def finite(self) -> Tensor:
@@ -118,8 +151,8 @@ class Found:
         if self.slopes is None or self.shrinkage is None:
             return
         for state, slopes, weight in zip(states, self.slopes, self.shrinkage, strict=True):
-            state["slopes"] = choose(gate, slopes, state.get("slopes", 0.0))
-            state["shrinkage"] = choose(gate, weight, state.get("shrinkage", 1.0))
+            state["slopes"] = write(gate, slopes, state.get("slopes", 0.0))
+            state["shrinkage"] = write(gate, weight, state.get("shrinkage", 1.0))
 
 
 def measure(
@@ -132,6 +165,7 @@ def measure(
     statistics: Statistics,
     trust_only: bool,
     products: int,
+    memory: Memory,
 ) -> Found | None:
     """Measure in the way that direction, model and batch allow.
 
@@ -145,22 +179,26 @@ def measure(
         statistics: so far.
         trust_only: whether they lack slopes and curvature.
         products: curvature products to find ``hi(GGN_B)`` by, along the gradient.
+        memory: there is.
 
     Returns:
         None for a single sample, the last of an epoch say, after better batches.
     """
+    ranks, coupled = watch.ranks, couples_samples(watch.model)
     if blocks.sharded:
-        return change_only(batch, blocks, direction, watch.ranks)
+        return change_only(batch, blocks, direction, ranks, memory)
+    if not coupled:
+        memory.fit(batch)
     if not direction.held_out:
-        return along_gradient(watch, batch, joined, blocks, direction, product, products)
-    if couples_samples(watch.model):
-        return change_only(batch, blocks, direction, watch.ranks)
+        return along_gradient(watch, batch, joined, blocks, direction, product, products, memory)
+    if coupled:
+        return change_only(batch, blocks, direction, ranks, memory)
     parts = _parts(watch, batch, joined, blocks)
     if parts is not None:
-        return held_out(batch, parts, blocks, direction, product, statistics.decay, watch.ranks)
+        return held_out(batch, parts, blocks, direction, product, statistics.decay, ranks, memory)
     if statistics.measured and not trust_only:
         return None
-    return change_only(batch, blocks, direction, watch.ranks)
+    return change_only(batch, blocks, direction, ranks, memory)
 
 
 def _parts(watch: Watch, batch: Batch, joined: Joined, blocks: Blocks) -> Parts | None:
@@ -185,6 +223,7 @@ def held_out(
     product: JacobianProduct,
     decay: float,
     ranks: Ranks,
+    memory: Memory,
 ) -> Found:
     """A direction from the second half, and its slope on the first (Thm 3.2).
 
@@ -196,6 +235,7 @@ def held_out(
         product: ``J u``.
         decay: of the blocks' running slopes.
         ranks: that share the step.
+        memory: there is.
     """
     u, pending = direction.propose(parts.second, blocks.gradients, blocks.states, blocks.groups)
     raw, held = inner_products(blocks.gradients, u), inner_products(parts.first, u)
@@ -208,8 +248,9 @@ def held_out(
     shrinkage = torch.where(matrix, rho.sqrt(), rho)
     weights = shrinkage * torch.tensor(blocks.ratios, dtype=rho.dtype, device=rho.device)
     along = [tensor * weight for tensor, weight in zip(u, weights, strict=True)]
-    outputs, changes = _changes(product, parts.forward, parts.replay, blocks, along)
-    (response,) = ranks.respond([respond(batch, parts.forward, changes, parts.mask)], parts.here)
+    seen = _respond, product, batch, parts.forward, parts.replay, blocks, along, parts.mask
+    outputs, own = memory.together(ranks, *seen) or ([], Response.nothing(batch))
+    (response,) = ranks.respond([own], parts.here)
     mean_square, noise = parts.noise
     measurement = Measurement(
         change=response.change,
@@ -220,7 +261,7 @@ def held_out(
         noise=noise,
     )
     trial = Trial(along, outputs, parts.forward, parts.replay, parts.mask, ranks, parts.here)
-    return Found(u, pending, measurement, slopes, shrinkage, trial=trial)
+    return Found(u, pending, measurement, slopes, shrinkage, lost=response.lost, trial=trial)
 
 
 def along_gradient(
@@ -231,6 +272,7 @@ def along_gradient(
     direction: Direction,
     product: JacobianProduct,
     products: int,
+    memory: Memory,
 ) -> Found:
     """The greatest curvature of the batch, its halves' correlation, and what ``u`` does to it.
 
@@ -242,13 +284,16 @@ def along_gradient(
         direction: makes ``u``.
         product: ``J u``.
         products: curvature products to find ``hi(GGN_B)`` by; 0 leaves it.
+        memory: there is.
     """
     gradients = blocks.gradients
     u, pending = direction.propose(gradients, gradients, blocks.states, blocks.groups)
     along = [t if r == 1 else t * r for t, r in zip(u, blocks.ratios, strict=True)]
     forward = batch.forwards[-1]
-    _, changes = _changes(product, forward, forward.replay, blocks, along)
-    (response,) = watch.ranks.respond([respond(batch, forward, changes, None)])
+    seen = _respond, product, batch, forward, forward.replay, blocks, along, None
+    _, own = memory.together(watch.ranks, *seen) or ([], Response.nothing(batch))
+    (response,) = watch.ranks.respond([own])
+    lost = response.lost
     measurement = Measurement(
         change=response.change,
         raw_slope=inner_products(gradients, along).sum(),
@@ -257,7 +302,10 @@ def along_gradient(
     )
     if products:
         total = response.weight
-        measurement.top = _top(batch, forward, blocks, product, products, total, watch.ranks)
+        measurement.top, too = _top(
+            batch, forward, blocks, product, products, total, watch.ranks, memory
+        )
+        lost = lost | too
     parts = None
     if not couples_samples(watch.model):
         parts = _parts(watch, batch, joined, blocks)
@@ -269,7 +317,7 @@ def along_gradient(
         square = inner_products(gradients, gradients).sum()
         tiny = torch.finfo(square.dtype).tiny
         measurement.correlation = (inner / square.clamp_min(tiny)).clamp(-1, 1)
-    return Found(u, pending, measurement)
+    return Found(u, pending, measurement, lost=lost)
 
 
 def _top(
@@ -280,26 +328,38 @@ def _top(
     products: int,
     total: Tensor,
     ranks: Ranks,
-) -> Tensor:
-    """() ``hi(GGN_B)`` from below, by the power method from the gradient.
+    memory: Memory,
+) -> tuple[Tensor, Tensor]:
+    """() ``hi(GGN_B)`` from below, by the power method from the gradient; whether it was lost.
 
     Where learning rates differ between groups, of the matrix in the metric in which the step is a
     gradient step.
     """
+
+    def bend(moved: list[Tensor]) -> list[Tensor]:
+        _, changes = _changes(product, forward, forward.replay, blocks, moved)
+        return curvature_product(batch, forward, changes, blocks.by_name, total)
+
     roots = [ratio**0.5 for ratio in blocks.ratios]
     vector = [g * root for g, root in zip(blocks.gradients, roots, strict=True)]
     top = inner_products(vector, vector).sum().sqrt()
+    lost = torch.zeros_like(top)
     for _ in range(products):
         unit = [v / top.clamp_min(torch.finfo(top.dtype).tiny).to(v.dtype) for v in vector]
         moved = [v * root for v, root in zip(unit, roots, strict=True)]
-        _, changes = _changes(product, forward, forward.replay, blocks, moved)
-        bent = ranks.sum(curvature_product(batch, forward, changes, blocks.by_name, total))
+        own = memory.together(ranks, bend, moved)
+        failed = torch.full_like(top, float(own is None))
+        sent = [torch.zeros_like(v) for v in vector] if own is None else own
+        *bent, failed = ranks.sum([*sent, failed])
+        lost = lost + failed
         vector = [h * root for h, root in zip(bent, roots, strict=True)]
         top = inner_products(vector, vector).sum().sqrt()
-    return top
+    return torch.where(lost > 0, torch.nan, top), lost > 0
 
 
-def change_only(batch: Batch, blocks: Blocks, direction: Direction, ranks: Ranks) -> Found:
+def change_only(
+    batch: Batch, blocks: Blocks, direction: Direction, ranks: Ranks, memory: Memory
+) -> Found:
     """The change of the outputs along the direction, by a difference of two forwards.
 
     For models whose samples are coupled (batch norm in train mode) or whose parameters are sharded,
@@ -310,11 +370,25 @@ def change_only(batch: Batch, blocks: Blocks, direction: Direction, ranks: Ranks
         blocks: what is moved.
         direction: makes ``u``.
         ranks: that share the step.
+        memory: there is.
     """
     gradients = blocks.gradients
     u, pending = direction.propose(gradients, gradients, blocks.states, blocks.groups)
     along = [t * w for t, w in zip(u, blocks.weights, strict=True)]
     forward = batch.forwards[-1]
+    seen = memory.together(ranks, _respond_by_difference, batch, forward, blocks, along)
+    here, own = seen or ([], Response.nothing(batch))
+    (response,) = ranks.respond([own])
+    raw = inner_products(gradients, along).sum()
+    measurement = Measurement(change=response.change, raw_slope=raw)
+    trial = Trial(along, here, forward, forward.replay, None, ranks)
+    return Found(u, pending, measurement, trust_only=True, lost=response.lost, trial=trial)
+
+
+def _respond_by_difference(
+    batch: Batch, forward: Forward, blocks: Blocks, along: Sequence[Tensor]
+) -> tuple[list[Tensor | None], Response]:
+    """The outputs, and the response to their change along the direction."""
     assert forward.replay is not None
     step = relative_step([p.detach() for p in blocks.parameters], along, power=1 / 2)
     with torch.no_grad():
@@ -326,11 +400,7 @@ def change_only(batch: Batch, blocks: Blocks, direction: Direction, ranks: Ranks
         for place, (h, t) in enumerate(zip(here, there, strict=True))
         if h is not None and t is not None and place in forward.gradients
     }
-    (response,) = ranks.respond([respond(batch, forward, changes, None)])
-    raw = inner_products(gradients, along).sum()
-    measurement = Measurement(change=response.change, raw_slope=raw)
-    trial = Trial(along, here, forward, forward.replay, None, ranks)
-    return Found(u, pending, measurement, trust_only=True, trial=trial)
+    return here, respond(batch, forward, changes, None)
 
 
 def couples_samples(model: nn.Module) -> bool:
@@ -367,6 +437,20 @@ def _changes(
         if change is not None and place in forward.gradients
     }
     return outputs, seen
+
+
+def _respond(
+    product: JacobianProduct,
+    batch: Batch,
+    forward: Forward,
+    replay: Replay | None,
+    blocks: Blocks,
+    along: Sequence[Tensor],
+    mask: Tensor | None,
+) -> tuple[list[Tensor | None], Response]:
+    """The outputs, and the response to their change along the direction."""
+    outputs, changes = _changes(product, forward, replay, blocks, along)
+    return outputs, respond(batch, forward, changes, mask)
 
 
 def _moved(blocks: Blocks, along: Sequence[Tensor], size: Tensor) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ from conjopt.bounds.start import LedgerStart
 from conjopt.measure.layers.tape import Arguments
 from conjopt.measure.observation import Batch
 from conjopt.measure.process_group import Ranks
+from conjopt.optim.memory import Memory
 
 __all__ = ["Recording"]
 
@@ -20,14 +22,15 @@ class Recording:
     Args:
         ledger: of the run; None for none.
         every: steps from one record to the next, the first being recorded.
+        memory: there is; a record that it does not do for is left out.
 
     Example:
-        >>> Recording(None, 25).due(0)
+        >>> Recording(None, 25, Memory()).due(0)
         False
     """
 
-    def __init__(self, ledger: ConvergenceLedger | None, every: int) -> None:
-        self.ledger, self.every = ledger, every
+    def __init__(self, ledger: ConvergenceLedger | None, every: int, memory: Memory) -> None:
+        self.ledger, self.every, self.memory = ledger, every, memory
 
     def due(self, calls: int) -> bool:
         """Whether the step after so many calls is recorded.
@@ -69,7 +72,7 @@ class Recording:
         inputs: Any = replay.args
         if replay.kwargs:
             inputs = Arguments(replay.args, replay.kwargs) if replay.args else replay.kwargs
-        return self.ledger.begin(inputs, observation.targets)
+        return self.memory.attempt(self.ledger.begin, inputs, observation.targets, shrink=False)
 
     def end(self, start: LedgerStart | None, calls: int) -> None:
         """Record the step, after the parameters moved.
@@ -79,7 +82,7 @@ class Recording:
             calls: of ``step`` before this one.
         """
         if self.ledger is not None and start is not None:
-            self.ledger.end(start, step=calls)
+            self.memory.attempt(functools.partial(self.ledger.end, start, step=calls), shrink=False)
 
     @property
     def extremes(self) -> tuple[float, float]:

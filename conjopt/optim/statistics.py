@@ -129,6 +129,14 @@ class Statistics:
         self.brake.fill_(1)
         self.lowest.fill_(torch.nan)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Write a tensor into the memory of the one before, where captured steps look for it."""
+        before = self.__dict__.get(name)
+        if isinstance(before, Tensor):
+            before.copy_(value)
+        else:
+            super().__setattr__(name, value)
+
     loss: Tensor
     weight: Tensor
     steps: Tensor

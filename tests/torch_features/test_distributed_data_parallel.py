@@ -1,19 +1,19 @@
 """ConjSGD under DistributedDataParallel, against a single process on the joined batch.
 
-Two or three gloo processes on a CPU stay up for the whole module and run the functions below that
-are named after what they do; what these return comes back as a list over the ranks.
+Two or three gloo processes on a CPU run the functions below that are named after what they do; what
+these return comes back as a list over the ranks.
 """
 
 import contextlib
 import datetime
 import itertools
 import os
+import time
 import warnings
 from typing import Any
 
 import pytest
 import torch
-from processes import Processes
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
@@ -24,21 +24,6 @@ from conjopt.optim import Edge
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch has no distributed")
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    processes = Processes(2, tmp_path_factory.mktemp("two"))
-    yield processes
-    processes.stop()
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory):
-    processes = Processes(3, tmp_path_factory.mktemp("three"))
-    yield processes
-    processes.stop()
-
 
 # The problem, and what a run of it leaves.
 
@@ -476,7 +461,8 @@ def test_how_often_ranks_wait_for_each_other(two):
     measuring = [7, numbers, 3, 6]  # the batch, the halves, their response, the trial
     assert found == [measuring, measuring, measuring, [7], [7]]
     found, _ = two(counted, {"direction": "sgd"})
-    measuring = [7, 3, numbers, numbers, numbers]  # two of them curvature products
+    # The batch, the response, two curvature products with a word of each rank, the halves.
+    measuring = [7, 3, numbers + 1, numbers + 1, numbers]
     assert found == [measuring, measuring, measuring, [7], [7]]
     assert two(counted, RULES["spectral constant"])[0] == [[]] * 5
 
@@ -602,8 +588,6 @@ def refusals() -> None:
     with pytest.raises(RuntimeError, match=r"SyncBatchNorm.*use BatchNorm, or step_rule='const"):
         ConjSGD(other.parameters(), **options)
     ConjSGD(other.parameters(), **options, step_rule="constant")
-    with pytest.raises(TypeError, match=r"compiled DistributedDataParallel.*compile the inner mod"):
-        ConjSGD(model.parameters(), model=torch.compile(ddp), loss=criterion)
     alone = distributed.new_group([0])
     if distributed.get_rank() == 1:
         with pytest.raises(ValueError, match="process 1 is not in the process group"):
@@ -620,48 +604,72 @@ def test_refuses_a_group_without_processes():
         ConjSGD(model.parameters(), model=model, loss=nn.CrossEntropyLoss(), process_group=object())
 
 
-def dying(rank: int, file: str, results: Any) -> None:
+TIMEOUT = 4.0  # seconds
+
+
+def failing(rank: int, how: str, file: str, results: Any) -> None:
     torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=TIMEOUT)
     distributed.init_process_group(
-        "gloo",
-        f"file://{file}",
-        timeout=datetime.timedelta(seconds=5),
-        rank=rank,
-        world_size=2,
+        "gloo", f"file://{file}", timeout=timeout, rank=rank, world_size=2
     )
     model, criterion = network(), nn.CrossEntropyLoss()
     ddp = DistributedDataParallel(model)
-    optimizer = ConjSGD(ddp.parameters(), model=ddp, loss=criterion)
+    options = {"warmup": 1} if "at an ordinary step" in how else {}
+    optimizer = ConjSGD(ddp.parameters(), model=ddp, loss=criterion, **options)
+
+    def fail(*_: Any) -> None:
+        if "hangs" in how:
+            time.sleep(100)
+        os._exit(7)
+
     for number, (x, y) in enumerate(batches(4, 8)):
         optimizer.zero_grad()
         criterion(ddp(x), y).backward()
         before = [p.detach().clone() for p in model.parameters()]
         if number == 2 and rank == 1:
-            os._exit(7)  # between its backward and its step
+            if "in a measurement" in how:
+                model[2].register_forward_hook(fail)
+                optimizer.step()
+            fail()  # between its backward and its step
+        began = time.monotonic()
         try:
             optimizer.step()
         except RuntimeError as error:
             kept = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-            results.put((number, kept, str(error)))
+            results.put((number, kept, str(error), time.monotonic() - began))
             os._exit(0)
 
 
-def test_a_rank_that_dies(tmp_path):
+MORE = ["hangs at an ordinary step", "dies in a measurement", "hangs in a measurement"]
+
+
+@pytest.mark.parametrize(
+    "how", ["dies", "hangs", *(pytest.param(how, marks=pytest.mark.slow) for how in MORE)]
+)
+def test_a_rank_that_fails(tmp_path, how):
+    """The other has torch's own error, no later than the timeout, and its weights as they were."""
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     processes = [
-        context.Process(target=dying, args=(r, str(tmp_path / "init"), results)) for r in range(2)
+        context.Process(target=failing, args=(r, how, str(tmp_path / "init"), results))
+        for r in range(2)
     ]
     try:
         for process in processes:
             process.start()
-        for process in processes:
-            process.join(60)
-        assert [process.exitcode for process in processes] == [0, 7]
-        number, kept, message = results.get()
+        processes[0].join(60)
+        assert processes[0].exitcode == 0
+        if "dies" in how:
+            processes[1].join(60)
+            assert processes[1].exitcode == 7
+        number, kept, message, seconds = results.get()
         assert number == 2
         assert kept
         assert "gloo" in message.lower() or "connection" in message.lower()
+        assert seconds < 2 * TIMEOUT
+        if "hangs" in how:
+            assert seconds > TIMEOUT / 2
     finally:
         for process in processes:
             process.kill()

@@ -9,7 +9,6 @@ import copy
 
 import pytest
 import torch
-from processes import Processes
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing import assert_close
@@ -31,20 +30,6 @@ RULES = {
     "spectral constant": {"step_rule": "constant", "lr": 0.02},
     "sgd constant": {"direction": "sgd", "step_rule": "constant", "lr": 0.1},
 }
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    processes = Processes(2, tmp_path_factory.mktemp("two"))
-    yield processes
-    processes.stop()
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory):
-    processes = Processes(3, tmp_path_factory.mktemp("three"))
-    yield processes
-    processes.stop()
 
 
 def network() -> nn.Module:
