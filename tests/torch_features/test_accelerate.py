@@ -1,8 +1,12 @@
 """Accelerate: prepared model, optimizer, schedule and loader; accumulation, clipping, states."""
 
+import os
+import socket
+
 import pytest
 import torch
 from loop import RULES, any_rule, data, equal, make, network, parameters, same
+from snippets import snippet
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -10,6 +14,7 @@ pytest.importorskip("accelerate")
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DataLoaderConfiguration
 
 OPTIONS = {"warmup": 3, "measure_every": 4}
 
@@ -25,12 +30,24 @@ def _forget():
 class Run:
     """What is prepared, or with no accelerator the same objects bare."""
 
-    def __init__(self, rule="spectral", accelerator=None, dropout=0.0, size=8, **options):
-        self.accelerator, self.model = accelerator, network(dropout=dropout)
+    def __init__(
+        self,
+        rule="spectral",
+        accelerator=None,
+        dropout=0.0,
+        size=8,
+        dtype=torch.float32,
+        halves=False,
+        **options,
+    ):
+        self.accelerator, self.model = accelerator, network(dtype, dropout)
         self.criterion = nn.CrossEntropyLoss()
         self.conj_sgd = make(self.model, self.criterion, **OPTIONS, **RULES[rule], **options)
         rate = torch.optim.lr_scheduler.ExponentialLR(self.conj_sgd, 0.95)
-        loader = DataLoader(TensorDataset(*data()), batch_size=size)
+        samples = data(dtype=dtype)
+        if halves:  # the even rows first
+            samples = [torch.cat([part[::2], part[1::2]]) for part in samples]
+        loader = DataLoader(TensorDataset(*samples), batch_size=size)
         parts = (self.model, self.conj_sgd, loader, rate)
         if accelerator is not None:
             parts = accelerator.prepare(*parts)
@@ -59,7 +76,8 @@ class Run:
                 for x, y in batches[start : start + parts]:
                     with torch.autocast("cpu", autocast, enabled=autocast is not None):
                         outputs = self.model(x)
-                    (self.criterion(outputs.float(), y) / parts).backward()
+                    outputs = outputs if autocast is None else outputs.float()
+                    (self.criterion(outputs, y) / parts).backward()
                 if clip is not None:
                     nn.utils.clip_grad_norm_(self.model.parameters(), clip)
                 self.optimizer.step()
@@ -128,3 +146,37 @@ def test_the_status_is_reached_through_the_wrapper():
     assert run.optimizer.optimizer is run.conj_sgd
     assert run.optimizer.optimizer.status().step == 3
     assert run.optimizer.param_groups[0]["step_size"] > 0
+
+
+def of_rank(rank, port, folder):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    loading = DataLoaderConfiguration(split_batches=True)
+    accelerator = Accelerator(cpu=True, dataloader_config=loading)
+    run = Run(accelerator=accelerator, size=24, dtype=torch.float64, halves=True)
+    run.go(6, clip=0.5)
+    torch.save((run.model.state_dict(), run.optimizer.state_dict()), f"{folder}/{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_are_one(tmp_path):
+    """Two ranks with the even and the odd rows, and one process with all of them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(of_rank, (port, str(tmp_path)), nprocs=2)
+    model, optimizer = torch.load(tmp_path / "0", weights_only=True)
+    assert same((model, optimizer), torch.load(tmp_path / "1", weights_only=True))
+    other = Run(size=24, dtype=torch.float64).by_hand(6, clip=0.5)
+    torch.testing.assert_close(model, other.model.state_dict(), rtol=1e-9, atol=1e-11)
+    assert optimizer["param_groups"][0]["controller"]["calls"] == 6
+
+
+def test_the_code_of_the_documentation_runs(capsys):
+    loader = DataLoader(TensorDataset(*data()), batch_size=4)
+    exec(
+        snippet("integrations.md", "Accelerate"),
+        {"torch": torch, "net": network(), "loader": loader},
+    )
+    assert "step             3, 0 skipped" in capsys.readouterr().out

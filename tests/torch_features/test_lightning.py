@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from loop import RULES, any_rule, data, equal, make, network, parameters, same
+from snippets import snippet
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -194,6 +195,7 @@ class Statuses(Callback):
         wrapped, bare = module.optimizers(), trainer.optimizers[0]
         assert str(wrapped.status()) == str(bare.status())
         assert wrapped.optimizer is bare
+        assert wrapped.param_groups[0]["step_size"] == bare.param_groups[0]["step_size"]
         self.found[trainer.global_step] = bare.status()
 
 
@@ -263,3 +265,13 @@ def test_bad_input(monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
     with pytest.raises(ImportError, match=r'pip install "conjopt\[lightning\]"'):
         import conjopt.report.lightning  # noqa: F401
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging")
+def test_the_code_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {"torch": torch, "net": network(), "loader": loader(size=4)}
+    exec(snippet("integrations.md", "Lightning"), names)
+    assert "step             18, 0 skipped" in capsys.readouterr().out
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(b"conjopt/step_size" in path.read_bytes() for path in files)

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 import torch
-from loop import RULES, any_rule, make, network, train
+from loop import RULES, any_rule, data, make, network, train
+from snippets import snippet
 
 from conjopt.report import History, TensorBoard, scalars
 
@@ -110,3 +111,15 @@ def test_bad_input(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match=r'pip install "conjopt\[tensorboard\]"'):
         TensorBoard(tmp_path)
+
+
+def test_the_code_of_the_documentation_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loader = list(zip(*(part.split(4) for part in data())))
+    exec(
+        snippet("integrations.md", "TensorBoard"),
+        {"torch": torch, "net": network(), "loader": loader},
+    )
+    found = read(tmp_path / "run")
+    assert [step for step, _ in found["conjopt/step_size"]] == [2, 4, 6]
+    assert [step for step, _ in found["train_loss"]] == [2, 4, 6]

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from loop import RULES, any_rule, equal, make, parameters, same
+from snippets import snippet
 from torch import nn
 from torch.utils.data import SequentialSampler
 
@@ -270,3 +271,13 @@ def test_bad_input(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers.trainer_callback", None)
     with pytest.raises(ImportError, match=r'pip install "conjopt\[transformers\]"'):
         import conjopt.report.transformers  # noqa: F401
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator")
+def test_the_code_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {"torch": torch, "model": gpt2(), "train_set": texts()}
+    exec(snippet("integrations.md", "transformers"), names)
+    assert "step             20, 0 skipped" in capsys.readouterr().out
+    logged = names["trainer"].state.log_history
+    assert [record["step"] for record in logged if "conjopt/step_size" in record] == [10, 20]
