@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import (
     SCALARS,
     EventAccumulator,
 )
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 
 def read(folder):
@@ -74,7 +76,14 @@ def test_records_of_a_history_are_scalars(tmp_path):
     assert read(tmp_path / "board") == expected
 
 
-def test_a_record_is_on_disk_at_once_and_an_exception_closes(tmp_path):
+def test_a_record_is_on_disk_at_once_and_an_exception_closes(tmp_path, monkeypatch):
+    write = RecordWriter.write
+
+    def slowly(self, event):  # in the writer's thread
+        time.sleep(0.1)
+        write(self, event)
+
+    monkeypatch.setattr(RecordWriter, "write", slowly)
     board = TensorBoard(tmp_path)
     board.record({"loss": 1.0}, step=1)
     assert read(tmp_path) == {"loss": [(1, 1.0)]}  # of a run that is still going on
