@@ -13,6 +13,7 @@ from conjopt.losses.named import (
 )
 from conjopt.losses.reading import PotentialOf
 from conjopt.losses.recognise import potential_of
+from conjopt.losses.trainer import trainer_loss
 
 __all__ = [
     "EntmaxLoss",
@@ -24,4 +25,5 @@ __all__ = [
     "SparsemaxLoss",
     "SquaredLoss",
     "potential_of",
+    "trainer_loss",
 ]

@@ -1,8 +1,14 @@
-"""What a run leaves behind: records in JSON lines and pictures of them."""
+"""What a run leaves behind: records in JSON lines, scalars for TensorBoard, and pictures.
+
+Callbacks are imported from where they are, as this imports their library:
+`conjopt.report.lightning.LightningStatus` and `conjopt.report.transformers.TransformersStatus`.
+"""
 
 from __future__ import annotations
 
 from conjopt.report.history import History
 from conjopt.report.plots import plot_runs
+from conjopt.report.scalars import scalars
+from conjopt.report.tensorboard import TensorBoard
 
-__all__ = ["History", "plot_runs"]
+__all__ = ["History", "TensorBoard", "plot_runs", "scalars"]
