@@ -52,3 +52,13 @@ def test_stopping_when_it_suits_needs_the_anytime_form():
         missed["fixed"] += any(heldout_certificate(x[:n], **options) < 0.3 for n in looks)
         missed["anytime"] += heldout_certificate(x, anytime=True, **options) < 0.3
     assert missed["anytime"] <= binom.ppf(1 - 1e-6, 1000, D) < missed["fixed"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("law", LAWS)
+def test_an_anytime_bound_never_rises(method, law):
+    # So what it says in the end missed if it missed at any time.
+    x = LAWS[law][0](np.random.default_rng(2), 300)
+    options = {"max_loss": 1.0, "method": method, "anytime": True}
+    bounds = [heldout_certificate(x[:n], **options) for n in range(1, 301)]
+    assert np.diff(bounds).max() <= 1e-12
