@@ -144,7 +144,7 @@ def heldout_certificate(
         >>> round(heldout_certificate(losses, max_loss=2.0), 4)
         0.1697
         >>> round(heldout_certificate(losses, max_loss=2.0, anytime=True), 4)
-        0.1697
+        0.1816
         >>> wrong = [False] * 95 + [True] * 5
         >>> low, high = heldout_certificate(wrong, max_loss=1.0, method="kl", side="two-sided")
         >>> round(low, 4), round(high, 4)

@@ -19,7 +19,8 @@ from conjopt.bounds.reading import Array
 
 __all__ = ["betting", "empirical_bernstein", "hoeffding", "kl"]
 
-MOST_BERNSTEIN = 0.5
+# The first bets have no past to go by, and what they lose counts at every later number.
+MOST_FADING_BET = 0.5
 
 
 def betting(x: Array, d: float) -> float:
@@ -27,7 +28,8 @@ def betting(x: Array, d: float) -> float:
 
     Waudby-Smith and Ramdas (2024), predictable plug-in, one-sided.
     """
-    return wealth_root(x, bets(x, _fading(x, 2 * math.log(1 / d))), d)
+    lam = bets(x, _fading(x, 2 * math.log(1 / d)), MOST_FADING_BET)
+    return wealth_root(x, lam, d)
 
 
 def hoeffding(x: Array, d: float) -> float:
@@ -44,7 +46,7 @@ def empirical_bernstein(x: Array, d: float) -> float:
 
     Waudby-Smith and Ramdas (2024), Theorem 2.
     """
-    lam = bets(x, _fading(x, 2 * math.log(1 / d)), MOST_BERNSTEIN)
+    lam = bets(x, _fading(x, 2 * math.log(1 / d)), MOST_FADING_BET)
     cost = np.square(x - past_mean(x)) * (-np.log1p(-lam) - lam)
     return _least(x, lam, cost, d)
 

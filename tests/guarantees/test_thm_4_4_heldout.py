@@ -29,7 +29,7 @@ def wealth(x, d, m, fixed):
     for i, value in enumerate(x, start=1):
         variance = squares / i
         scale = 2 * math.log(1 / d) / (n if fixed else i * math.log(1 + i))
-        lam = min(math.sqrt(scale / variance), 0.9)
+        lam = min(math.sqrt(scale / variance), 0.9 if fixed else 0.5)
         log_K += math.log(1 + lam * (m - value))
         greatest = max(greatest, log_K)
         total += value
