@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from conjopt.bounds.conditions import Condition
 from conjopt.bounds.convergence import ConvergenceLedger
+from conjopt.bounds.generalization import (
+    GeneralizationRange,
+    generalization_range,
+    total_variation_gap,
+    uniform_gap_bound,
+)
+from conjopt.bounds.heldout import HeldoutInterval, heldout_certificate
 from conjopt.bounds.promise import Promise
+from conjopt.bounds.quantizers import Cells, LogitGrid, TopClass
 from conjopt.bounds.rates import linear_rate, one_hot_rate, pl_constant
 from conjopt.bounds.records import LedgerBound, LedgerStep
 from conjopt.bounds.steps import (
@@ -17,17 +25,24 @@ from conjopt.bounds.steps import (
 from conjopt.bounds.trainability import MeanBounds, PLBound, RiskSandwich, pl_bound, risk_sandwich
 
 __all__ = [
+    "Cells",
     "Condition",
     "ConvergenceLedger",
+    "GeneralizationRange",
+    "HeldoutInterval",
     "LedgerBound",
     "LedgerStep",
+    "LogitGrid",
     "MeanBounds",
     "PLBound",
     "Promise",
     "RiskSandwich",
+    "TopClass",
     "batch_gradient_square",
     "convergence_bound",
     "expected_decrease",
+    "generalization_range",
+    "heldout_certificate",
     "linear_rate",
     "one_hot_rate",
     "pl_bound",
@@ -35,4 +50,6 @@ __all__ = [
     "polyak_distance",
     "realised_curvature",
     "risk_sandwich",
+    "total_variation_gap",
+    "uniform_gap_bound",
 ]

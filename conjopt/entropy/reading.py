@@ -21,9 +21,9 @@ class Sample:
     """Arrays of one length without the rows of weight 0, and the other rows' weights `(m,)`."""
 
     def __init__(self, weights: Tensor | ArrayLike | None, **arrays: Tensor | ArrayLike) -> None:
-        self.arrays = {name: _tensor(name, values) for name, values in arrays.items()}
+        self.arrays = {name: as_tensor(name, values) for name, values in arrays.items()}
         n = len(self.arrays["targets"])
-        given = torch.ones(n) if weights is None else _tensor("weights", weights)
+        given = torch.ones(n) if weights is None else as_tensor("weights", weights)
         lengths = {name: len(values) for name, values in self.arrays.items()}
         lengths["weights"] = len(given)
         if len(set(lengths.values())) > 1:
@@ -76,7 +76,7 @@ def _shown(row: Tensor) -> str:
     return f"({', '.join(values)}{', ...' if row.numel() > 6 else ''})" if row.ndim else values[0]
 
 
-def _tensor(name: str, values: Tensor | ArrayLike) -> Tensor:
+def as_tensor(name: str, values: Tensor | ArrayLike) -> Tensor:
     """Return an array-like as a tensor on the CPU, which shares its memory where it can."""
     if not isinstance(values, Tensor):
         array = np.asarray(values)
