@@ -69,7 +69,7 @@ class FeatureEntropies:
 
     @property
     def _share(self) -> Tensor:
-        return self.counts / self.counts.sum()
+        return self.counts.double() / self.counts.sum()
 
 
 def quantized_feature_entropies(

@@ -33,8 +33,8 @@ def matrix_renyi_entropy(gram: Tensor, *, order: float = 2.0, ridge: float = 0.0
 
     Raises:
         ValueError: For a matrix that is not square, not finite, not symmetric, has a negative
-            eigenvalue or none that is positive, for an order that is not positive, and for a
-            negative ridge.
+            eigenvalue (order 2 does not look for these) or no positive trace, for an order that is
+            not positive, and for a negative ridge.
 
     Reference:
         docs/theory.md, section 5.
