@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -105,7 +105,8 @@ def test_blocks_do_not_matter(monkeypatch):
     for form in FORMS:
         whole = kernel_conditional_entropy(outputs, y, Softmax(), form=form)
         with monkeypatch.context() as patch:
-            patch.setattr(kernel, "BLOCK", 7 * 50)
+            patch.setattr(kernel, "TILE", 11)
+            patch.setattr(kernel, "BLOCK", 7 * 11)
             assert (
                 kernel_conditional_entropy(outputs, y, Softmax(), form=form) - whole
             ).abs() < 1e-13
@@ -115,12 +116,11 @@ def test_blocks_do_not_matter(monkeypatch):
 @given(instances(), st.sampled_from(FORMS))
 def test_the_gradient_is_that_of_the_estimate(instance, form):
     potential, outputs, targets, _ = instance
-    if len(outputs) == 2 or (targets.ndim == 1 and form == "cross-entropy"):
-        return  # constant, and infinite where a class has one sample
 
     def estimate(outputs):
         return kernel_conditional_entropy(outputs, targets, potential, bandwidth=1.0, form=form)
 
+    assume(torch.isfinite(estimate(outputs)))  # a single sample of a class has no neighbour
     assert torch.autograd.gradcheck(estimate, outputs.requires_grad_(), eps=1e-7, atol=1e-5)
 
 
@@ -213,7 +213,7 @@ def test_bad_input():
         kernel_conditional_entropy(outputs, [0, 1], Softmax())
     with pytest.raises(ValueError, match=r"outputs\[2\] = \(0, nan\)"):
         kernel_conditional_entropy([[0.0, 0.0], [0.0, 0.0], [0.0, math.nan]], y, Softmax())
-    with pytest.raises(TypeError, match="outputs of dtype torch.int64"):
+    with pytest.raises(TypeError, match=r"outputs of dtype torch\.int64"):
         kernel_conditional_entropy(outputs.long(), y, Softmax())
     with pytest.raises(ValueError, match=r"d >= 1"):
         kernel_conditional_entropy(torch.zeros(3, 0), y, Softmax())

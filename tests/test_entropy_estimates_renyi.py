@@ -1,5 +1,6 @@
 """Matrix Renyi entropies against closed forms, their order, limits and bad input."""
 
+import itertools
 import math
 
 import pytest
@@ -49,7 +50,7 @@ def test_it_lies_between_rank_one_and_equal_eigenvalues_and_falls_with_the_order
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(2, n, rank, generator=generator, dtype=torch.float64)
     values = [matrix_renyi_entropy(rows @ rows.mT, order=a) for a in ORDERS]
-    for high, low in zip(values, values[1:]):
+    for high, low in itertools.pairwise(values):
         # Near order 1 a difference of logs is divided by 0.01 and less.
         assert (high >= low - 1e-9).all()
     assert (values[0] <= math.log(min(n, rank)) + 1e-12).all()  # rounding adds no rank

@@ -1,6 +1,7 @@
 """`Ent(Y|Z)` along layers: exact on discrete networks, which layers are seen, and bad input."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -56,7 +57,7 @@ def test_losses_of_a_discrete_chain_are_exact_and_add_up(n, widths, potential, b
     )
     assert found.layers == ["inputs", *map(str, range(len(maps)))]
     assert (found.losses >= -64 * EPS * 10).all()
-    for i, (before, after) in enumerate(zip(states, states[1:])):
+    for i, (before, after) in enumerate(itertools.pairwise(states)):
         link = information_loss(targets, before, after, potential)
         assert (found.losses[i] - link).abs() <= 64 * EPS * 10
     whole = information_loss(targets, x, states[-1], potential)
@@ -156,11 +157,11 @@ def test_bad_input(network, sample):
         layer_information_loss(network, x, y, potential=Softmax(), batch_size=0)
     with pytest.raises(ValueError, match="has 59 rows"):
         layer_information_loss(network, x, y[:-1], potential=Softmax())
-    with pytest.raises(ValueError, match="layer 'inputs': .*two at least"):
+    with pytest.raises(ValueError, match=r"layer 'inputs': .*two at least"):
         layer_information_loss(network, x[:1], y[:1], potential=Softmax())
+    x = x.clone()
+    x[3] = math.nan
     with pytest.raises(ValueError, match=r"layer 'inputs': outputs\[3\]"):
-        x = x.clone()
-        x[3] = math.nan
         layer_information_loss(network, x, y, potential=Softmax())
     with pytest.raises(ValueError, match="samples along dimension 0"):
         layer_information_loss(nn.Sequential(nn.Flatten(0)), sample[0], y, potential=Softmax())

@@ -15,7 +15,8 @@ from torch import Tensor
 from conjopt.entropy.reading import Sample, read_rows, read_targets
 from conjopt.potentials import Potential
 
-BLOCK = 2**18  # kernel weights that are held at a time: they stay in the cache of a CPU
+TILE = 2**10  # columns of the kernel matrix that are held at a time
+BLOCK = 2**19  # its entries that are: they stay in the cache of a CPU
 ON_DEVICE = 2**25  # on a GPU, where many small blocks would leave it idle
 FLOOR = 8.0  # spreads of this many roundings of the largest output count as none
 FORMS = ("plug-in", "cross-entropy")
@@ -88,7 +89,7 @@ def kernel_conditional_entropy(
         features = outputs.reshape(n, -1)  # on its device, with its graph
     u = standardised(features.double())
     points = y.points().to(u.device)
-    step = max((BLOCK if u.device.type == "cpu" else ON_DEVICE) // n, 1)
+    step = max((BLOCK if u.device.type == "cpu" else ON_DEVICE) // min(n, TILE), 1)
     total = u.new_zeros(())
     for lo in range(0, n, step):
         part = points[lo : lo + step]
@@ -134,11 +135,22 @@ def leave_one_out_means(
         Shape `(end - start, k)`. Gradients are 0 in coordinates that are at the least or greatest
         target, where the slope of `Phi` may be infinite.
     """
-    inverse = 1 / (u.shape[1] * bandwidth)
-    # -||u_i - u_j||^2 / 2 but for a constant of row i, which the softmax takes out.
-    exponent = torch.addmm(u.square().sum(1) / 2, u[start:end], u.mT, beta=-inverse, alpha=inverse)
-    exponent.diagonal(start).fill_(-torch.inf)
-    means = exponent.softmax(1) @ points
+    scale = 1 / (u.shape[1] * bandwidth)
+    square, ones = u.square().sum(1) / 2, points.new_ones(len(points), 1)
+    weighed = torch.cat([points, ones], 1)
+    rows = u[start:end]
+    top = u.new_full((len(rows), 1), -torch.inf)
+    sums = u.new_zeros(len(rows), weighed.shape[1])
+    for lo in range(0, len(u), TILE):
+        columns = slice(lo, lo + TILE)
+        # -||u_i - u_j||^2 / 2 but for a constant of row i, which cancels.
+        exponent = torch.addmm(square[columns], rows, u[columns].mT, beta=-scale, alpha=scale)
+        exponent.diagonal(start - lo).fill_(-torch.inf)
+        highest = torch.maximum(top, exponent.detach().amax(1, keepdim=True))
+        weights = exponent.sub_(highest).exp_()
+        sums = (top - highest).exp() * sums + weights @ weighed[columns]
+        top = highest
+    means = sums[:, :-1] / sums[:, -1:]
     least, most = points.amin(0), points.amax(0)
     inside = (means > least) & (means < most)
     return torch.where(inside, means, means.detach().clamp(least, most))

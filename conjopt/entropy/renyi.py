@@ -157,9 +157,9 @@ def _kernel(u: Tensor, v: Tensor, scale: float) -> Tensor:
 def _second_order(u: Tensor, scale: float, ridge: float) -> Tensor:
     """Return the entropy of order 2, a block of the Gram matrix at a time."""
     n = len(u)
-    step = max(BLOCK // n, 1)
-    blocks = (_kernel(u[lo : lo + step], u, 2 * scale).sum() for lo in range(0, n, step))
-    square = torch.stack(list(blocks)).sum() / n**2
+    parts = u.split(math.isqrt(BLOCK))
+    blocks = [_kernel(rows, columns, 2 * scale).sum() for rows in parts for columns in parts]
+    square = torch.stack(blocks).sum() / n**2
     return -((square + (2 * ridge + ridge**2) / n) / (1 + ridge) ** 2).log().clamp(max=0)
 
 

@@ -5,6 +5,7 @@ Exact entropies of finite laws; tolerances are of rounding size.
 
 from collections import Counter
 from fractions import Fraction
+from itertools import pairwise
 from math import fsum, log
 
 import torch
@@ -64,7 +65,7 @@ def test_with_a_random_offset_it_holds_on_average(tenths):
     half = Fraction(1, 2)
     borders = sorted({Fraction(0), Fraction(1), *((half - a) % 1 for a in atoms)})
     mean = 0.0
-    for lo, hi in zip(borders, borders[1:]):
+    for lo, hi in pairwise(borders):
         offset = (lo + hi) / 2
         mean += float(hi - lo) * entropy([int((a + offset + half) // 1) for a in atoms])
     outputs = torch.tensor([[float(a)] for a in atoms], dtype=torch.float64)
