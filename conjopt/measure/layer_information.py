@@ -81,6 +81,7 @@ def layer_information_loss(
     potential: Potential,
     method: str = "kernel",
     bandwidth: float = 0.1,
+    form: str = "cross-entropy",
     quantum: float = 0.5,
     correction: str = "jackknife",
     batch_size: int = 1024,
@@ -92,7 +93,10 @@ def layer_information_loss(
     `nn.Sequential`; with skip connections around a layer its own entropy is right, and the loss may
     be negative.
 
-    - `"kernel"`: `kernel_conditional_entropy` of each layer's values.
+    - `"kernel"`: `kernel_conditional_entropy` of each layer's values. In the form
+      `"cross-entropy"` it is the loss of a head that reads the neighbours in that layer: above
+      `Ent(Y|Z)`, the more so the less the layer has arranged the samples by their targets, so that
+      it falls along the layers of a trained network and its losses are negative.
     - `"quantized"`: `quantized_conditional_entropy` of each layer's values, centred and divided by
       one root mean square, and rounded to multiples of `quantum`. Useful for layers of a few
       units: with more, each sample has a cell of its own, and the estimate is 0.
@@ -118,6 +122,7 @@ def layer_information_loss(
             `conjopt.losses.potential_of(criterion).potential`.
         method: `"kernel"`, `"quantized"` or `"exact"`.
         bandwidth: Of the kernel.
+        form: Of the kernel estimate.
         quantum: Side of a cell, in units of the layer's root mean square about its mean.
         correction: Of the quantized estimate.
         batch_size: Samples that run at a time.
@@ -162,7 +167,9 @@ def layer_information_loss(
     for name, rows in values:
         try:
             if method == "kernel":
-                found = kernel_conditional_entropy(rows, targets, potential, bandwidth=bandwidth)
+                found = kernel_conditional_entropy(
+                    rows, targets, potential, bandwidth=bandwidth, form=form
+                )
             elif method == "quantized":
                 found = quantized_conditional_entropy(
                     _standardised(rows), targets, potential, quantum=quantum, correction=correction
