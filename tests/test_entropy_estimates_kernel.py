@@ -148,13 +148,24 @@ def test_the_gradient_is_finite(potential, form, case):
 
 def test_it_does_not_matter_how_exactly_outputs_are_equal():
     outputs = (torch.full((9, 2), 0.1) * 3).double()
-    outputs[4] += EPS
+    outputs[4] += EPS / 4  # the next number
     y = torch.arange(9) % 3
     exact = kernel_conditional_entropy(torch.zeros(9, 2), y, Softmax())
-    assert (kernel_conditional_entropy(outputs, y, Softmax()) - exact).abs() < 0.05
+    assert (kernel_conditional_entropy(outputs, y, Softmax()) - exact).abs() < 0.01
     # Left out, a class has 2 of 8 samples: the entropy of (2, 3, 3) / 8.
     entropy = torch.special.entr(torch.tensor([2, 3, 3]).double() / 8).sum()
     assert (exact - entropy).abs() < 1e-13
+
+
+def test_a_small_spread_about_a_large_mean_counts_in_full():
+    outputs = (
+        torch.randn(30, 2, generator=torch.Generator().manual_seed(0)).double().round(decimals=2)
+    )
+    y = torch.arange(30) % 3
+    exact = kernel_conditional_entropy(outputs, y, Softmax(), bandwidth=1.0)
+    # A spread of 1e-8 of the mean: half of the digits are left.
+    found = kernel_conditional_entropy(outputs + 1e8, y, Softmax(), bandwidth=1.0)
+    assert (found - exact).abs() < 1e-6
 
 
 def test_shorter_dtypes_give_the_same_term():
