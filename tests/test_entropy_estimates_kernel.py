@@ -36,7 +36,7 @@ def instances(draw):
 
 
 def plain(potential, outputs, targets, bandwidth, form):
-    """By the definition, one pair of samples after the other."""
+    """Each sample's term by the definition, one pair of samples after the other, `(n,)`."""
     n, d = outputs.shape
     if targets.ndim == 1:
         targets = F.one_hot(targets).double()
@@ -44,7 +44,7 @@ def plain(potential, outputs, targets, bandwidth, form):
     u = [[v - m for v, m in zip(row, mean)] for row in outputs.tolist()]
     rms = math.sqrt(math.fsum(v * v for row in u for v in row) / (n * d))
     u = [[v / rms for v in row] for row in u]
-    total = 0.0
+    terms = []
     for i in range(n):
         weights = [
             0 if i == j else math.exp(-(math.dist(u[i], u[j]) ** 2) / (2 * d * bandwidth))
@@ -53,20 +53,29 @@ def plain(potential, outputs, targets, bandwidth, form):
         ybar = torch.tensor(weights, dtype=torch.float64) @ targets / math.fsum(weights)
         ybar = ybar.clamp(targets.amin(0), targets.amax(0))  # as all means but for rounding
         if form == "plug-in":
-            total += potential.value(targets[i]) - potential.value(ybar)
+            terms.append(potential.value(targets[i]) - potential.value(ybar))
         else:
-            total += potential.divergence(targets[i], ybar)
-    return float(total / n)
+            terms.append(potential.divergence(targets[i], ybar))
+    return torch.stack(terms)
+
+
+def rounding(potential, form, terms):
+    """Of `log(1 - ybar)` with `ybar` near 1; where that is all that is left, no test."""
+    if potential != Logistic() or form == "plug-in":
+        return 0.0
+    assume(terms.max() < 30)
+    return 64 * EPS * float(terms.max().exp())
 
 
 @given(instances(), st.sampled_from(FORMS))
 def test_the_estimate_is_its_definition(instance, form):
     potential, outputs, targets, bandwidth = instance
-    expected = plain(potential, outputs, targets, bandwidth, form)
+    terms = plain(potential, outputs, targets, bandwidth, form)
+    expected, slack = float(terms.mean()), rounding(potential, form, terms)
     found = float(
         kernel_conditional_entropy(outputs, targets, potential, bandwidth=bandwidth, form=form)
     )
-    assert found == expected or abs(found - expected) <= 1e-10 * (1 + abs(expected))
+    assert found == expected or abs(found - expected) <= 1e-10 * (1 + abs(expected)) + slack
 
 
 @given(instances(), st.sampled_from(FORMS), st.floats(0.01, 100), st.floats(-100, 100))
@@ -79,13 +88,14 @@ def test_order_place_and_scale_do_not_matter(instance, form, scale, shift):
         )
 
     expected = estimate(outputs, targets)
+    slack = rounding(potential, form, plain(potential, outputs, targets, bandwidth, form))
     order = torch.randperm(len(outputs), generator=torch.Generator().manual_seed(0))
     for found in (
         estimate(outputs[order], targets[order]),
         estimate(scale * outputs + shift, targets),
     ):
         # A shift costs digits of the outputs, the exponents multiply what is left by 1 / bandwidth.
-        assert found == expected or abs(found - expected) <= 1e-8 * (1 + abs(expected))
+        assert found == expected or abs(found - expected) <= 1e-8 * (1 + abs(expected)) + 64 * slack
 
 
 def test_classes_may_be_renamed():

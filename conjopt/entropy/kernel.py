@@ -42,7 +42,8 @@ def kernel_conditional_entropy(
     - `"cross-entropy"`: `mean_i l(y_i, link^-1(ybar_i)) = mean_i D(y_i, ybar_i)`, the loss of the
       neighbours' prediction. **In expectation it is at least `Ent(Y|Z)`**, provided that samples
       are independent, of one law, and the map from inputs to outputs was not fitted to them. Under
-      `Softmax` and `Logistic` it is infinite if a target has no neighbour of its kind.
+      `Softmax` and `Logistic` it is infinite if a target has no neighbour of its kind; under
+      `Logistic`, where `1 - ybar` is rounded, a loss above 30 is only known to be large.
 
     Time grows as `n^2`. Without gradients, memory grows as `n`; with gradients as `n^2`.
 
