@@ -102,6 +102,16 @@ class Targets:
         """Mix in the uniform distribution, `(..., k) -> (..., k)`."""
         return (1 - self.smoothing) * y + self.smoothing / self.k if self.smoothing else y
 
+    def points(self) -> Tensor:
+        """Return the targets as points of the domain of `Phi`, `(n, k)`."""
+        if self.values.ndim == 1:
+            return self.smooth(torch.nn.functional.one_hot(self.values, self.k).double())
+        return self.smooth(self.proper(self.values.double()))
+
+    def proper(self, y: Tensor) -> Tensor:
+        """Take points back to the domain, which rounding may leave them just outside of."""
+        return y.clamp(min=0) if self.potential.on_simplex else y
+
     def select(self, keep: Tensor) -> Targets:
         """Return the targets of some rows."""
         return replace(self, values=self.values[keep], weight=self.weight[keep])
@@ -125,9 +135,7 @@ class Targets:
         order = torch.argsort(group, stable=True)
 
         def rows(lo: int, hi: int) -> Tensor:
-            y = self.values[order[lo:hi]].double()
-            # Rounding may leave a probability below 0, where Phi is not defined.
-            return self.smooth(y.clamp(min=0) if self.potential.on_simplex else y)
+            return self.smooth(self.proper(self.values[order[lo:hi]].double()))
 
         return Law(self.potential, self.k, rows, group[order], self.weight[order])
 

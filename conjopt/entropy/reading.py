@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from conjopt.entropy.laws import Targets, blocks
-from conjopt.potentials import Potential
+from conjopt.potentials import Potential, Softmax
 
 SAME = 64.0  # outputs that differ by this many roundings are taken as equal
 MOST_CLASSES = 2**20
@@ -188,6 +188,28 @@ def read_outputs(sample: Sample, potential: Potential) -> Tensor:
         "finite numbers, or -inf for masked classes; drop the row, or give it weight 0",
     )
     return outputs
+
+
+def read_rows(sample: Sample) -> Tensor:
+    """Check outputs or features of any real kind, and return them as `(n, d)`."""
+    rows = sample.arrays["outputs"]
+    if not rows.is_floating_point():
+        raise TypeError(f"outputs of dtype {rows.dtype}: expected floating; use double().")
+    if rows[0].numel() == 0:
+        raise ValueError(f"outputs of shape {tuple(rows.shape)}: expected (n, d), d >= 1.")
+    sample.check_finite("outputs")
+    return rows.flatten(1) if rows.ndim > 1 else rows.unsqueeze(1)
+
+
+def read_labels(sample: Sample) -> Tensor:
+    """Check that targets are class indices, and return them, `(n,)`."""
+    values = sample.arrays["targets"]
+    if values.is_floating_point() or values.ndim != 1:
+        raise TypeError(
+            f"targets of shape {tuple(values.shape)} and dtype {values.dtype}: expected class "
+            "indices (n,) of an integer dtype; of probabilities or one-hot rows take argmax(1)."
+        )
+    return read_targets(sample, Softmax()).values
 
 
 def one_for_each_group(sample: Sample, group: Tensor, first: Tensor) -> Callable[[Tensor], Tensor]:

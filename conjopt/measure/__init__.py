@@ -6,6 +6,7 @@ from conjopt.measure.checking import MeasurementError, self_check
 from conjopt.measure.curvature import curvature_along
 from conjopt.measure.energy import EnergyProbe, gradient_energy, per_sample_gradient_norms
 from conjopt.measure.last_layer import last_layer_bound
+from conjopt.measure.layer_information import LayerInformation, layer_information_loss
 from conjopt.measure.noise import (
     GradientNoise,
     cross_fitted_slope,
@@ -36,6 +37,7 @@ __all__ = [
     "Eigenvalue",
     "EnergyProbe",
     "GradientNoise",
+    "LayerInformation",
     "MeasurementError",
     "Ritz",
     "SpectralDensity",
@@ -48,6 +50,7 @@ __all__ = [
     "halves",
     "lanczos",
     "last_layer_bound",
+    "layer_information_loss",
     "noise_from_halves",
     "noise_from_norms",
     "noise_from_parts",
