@@ -74,6 +74,7 @@ class Regularizer(nn.Module, abc.ABC):
 
     skipped: Tensor
     _least = 1  # rows that have to count
+    _sign = 1  # of the weighted value in the loss
     _of_conjugate = False  # whether the value needs Phi*(f), which may overflow
 
     def __init__(
@@ -143,12 +144,12 @@ class Regularizer(nn.Module, abc.ABC):
         if learning:
             self.skipped += ~finite
             self._remember(batch)
-        if finite.device.type == "cpu" and not torch.compiler.is_compiling():
-            self._warn(not bool(finite))
+        if _can_look_at(finite):
+            self._warn(not bool(finite), depth=6)  # the call, below two frames of torch's
         if callable(self._weight):
             weight: Tensor = self._scheduled(learning)
-            return weight.to(value.dtype) * value
-        return self._weight * value
+            return weight.to(value.dtype) * (self._sign * value)
+        return self._sign * self._weight * value
 
     def _estimate(
         self,
@@ -159,7 +160,7 @@ class Regularizer(nn.Module, abc.ABC):
     ) -> Tensor:
         value, finite, _ = self._measure(outputs, targets, features, value_of or self._value)
         if not torch.compiler.is_compiling():
-            self._warn(not bool(finite) or bool(self.skipped))
+            self._warn(not bool(finite) or bool(self.skipped), depth=4)
         return value
 
     def _measure(
@@ -225,14 +226,14 @@ class Regularizer(nn.Module, abc.ABC):
         self.calls += int(learning)
         return torch.tensor(weight, dtype=torch.float64)  # 0-d: leaves the value's dtype and device
 
-    def _warn(self, skipped: bool) -> None:
+    def _warn(self, skipped: bool, depth: int) -> None:
         if skipped and not self._warned:
             self._warned = True
             warnings.warn(
                 f"{type(self).__name__} adds 0 where outputs are NaN, infinite or too large for "
                 "the term; it counts such training calls in .skipped and says this once. Look at "
                 "the loss of the same batch: it is likely not finite either.",
-                stacklevel=4,
+                stacklevel=depth,
             )
 
     def get_extra_state(self) -> dict[str, int]:

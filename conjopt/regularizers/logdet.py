@@ -45,7 +45,6 @@ def half_logdet(matrices: Tensor, weights: Tensor, trace: Tensor) -> Tensor:
     Returns:
         `()`.
     """
-    size = matrices.shape[-1]
-    ones = (4 * size * torch.finfo(trace.dtype).eps * trace).clamp(min=1)
+    ones = (4 * torch.finfo(trace.dtype).eps * trace).clamp(min=1)
     value: Tensor = _HalfLogdet.apply(matrices + torch.diag_embed(ones), weights)[0]
     return value

@@ -60,10 +60,7 @@ class PredictiveEntropy(Regularizer):
                 "outputs would grow for ever. Use maximize=True."
             )
         self.maximize = bool(maximize)
-
-    def _term(self, outputs: Tensor, targets: Tensor, features: Tensor | None = None) -> Tensor:
-        term = super()._term(outputs, targets, features)
-        return -term if self.maximize else term
+        self._sign = -1 if maximize else 1
 
     def _value(self, batch: Rows) -> Tensor:
         f = batch.rows
