@@ -6,7 +6,7 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
-from conjopt import bounds, entropy, losses, measure, optim, potentials, report
+from conjopt import bounds, entropy, losses, measure, optim, potentials, regularizers, report
 from conjopt.optim import AdaptiveBatchSampler, ConjSGD
 
 if _TYPE_CHECKING:
@@ -23,6 +23,7 @@ __all__ = [
     "measure",
     "optim",
     "potentials",
+    "regularizers",
     "report",
 ]
 
