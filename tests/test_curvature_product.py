@@ -91,7 +91,7 @@ def product(optimizer: ConjSGD, batch: Any, blocks: Blocks, u: Tensor) -> Tensor
     along = [part.reshape(p.shape) for part, p in zip(u.split(sizes), blocks.parameters)]
     forward = batch.forwards[-1]
     with torch.no_grad():
-        _, changes = _changes(optimizer._product, forward, blocks, along)
+        _, changes = _changes(optimizer._product, forward, forward.replay, blocks, along)
         own = [o.kappa * o.scale for o in batch.observations if o.forward is forward]
         bent = curvature_product(batch, forward, changes, blocks.by_name, sum(own))
     assert [tuple(t.shape) for t in bent] == [tuple(p.shape) for p in blocks.parameters]

@@ -590,9 +590,9 @@ class ConjSGD(Saved):
             if (cap := group["max_step"]) is not None:
                 size = size.clamp(max=cap) if isinstance(size, Tensor) else min(size, cap)
             if least is not None:
-                size, held = choose(gate, size, 0.0), group["step_size"]
-                if gate is not None and isinstance(held, Tensor):  # see `gate.write`
-                    size = held.copy_(size)
+                size, held = choose(gate, size, 0.0), group.get("step_size")
+                if gate is not None and isinstance(held, Tensor) and held.shape == size.shape:
+                    size = held.copy_(size)  # as `gate.write` does
             group["step_size"] = size
 
     # What the step needs to know.

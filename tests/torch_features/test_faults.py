@@ -257,6 +257,22 @@ def test_a_damaged_state_is_refused_whole_or_taken_whole(rule, where, how):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@any_rule
+@pytest.mark.parametrize("value", [None, "text", torch.ones(7, 3), "missing"])
+def test_a_step_size_is_no_state(rule, value):
+    """It is made anew by every step, so a state may lack it or hold anything in its place."""
+    model, optimizer = started(rule, 4)
+    twin, other = started(rule, 4)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0].pop("step_size")
+    if not isinstance(value, str) or value != "missing":
+        state["param_groups"][0]["step_size"] = value
+    other.load_state_dict(state)
+    train(model, optimizer, 5, 4)
+    train(twin, other, 5, 4)
+    assert equal(parameters(model), parameters(twin))
+
+
 def wider():
     torch.manual_seed(0)
     return nn.Sequential(
