@@ -10,8 +10,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.special import rel_entr
+import scipy  # whose parts are imported when they are used
 
 from conjopt.bounds.reading import Array
 
@@ -56,7 +55,9 @@ def kl(x: Array, d: float) -> float:
         return -math.expm1(math.log(d) / n)  # (1 - q)^n = d
 
     def excess(q: float) -> float:
-        return n * float(rel_entr(p, q) + rel_entr(1 - p, 1 - q)) + math.log(d)
+        return n * float(
+            scipy.special.rel_entr(p, q) + scipy.special.rel_entr(1 - p, 1 - q)
+        ) + math.log(d)
 
     # By Pinsker's inequality the bound is never above Hoeffding's; some room for rounding.
     high = p + 1.01 * (hoeffding(x, d) - p)
@@ -116,5 +117,5 @@ def increasing_root(function: Callable[[float], float], low: float, high: float)
     """
     if function(high) <= 0:
         return 1.0
-    root = brentq(function, low, high, xtol=_XTOL)
+    root = scipy.optimize.brentq(function, low, high, xtol=_XTOL)
     return min(float(root) + 2 * _XTOL, high)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.special import betaln
+import scipy  # whose parts are imported when they are used
 
 from conjopt.bounds.mean_bounds import BELOW_ONE, bets, increasing_root, past_mean, wealth_root
 from conjopt.bounds.reading import Array
@@ -60,7 +60,7 @@ def kl(x: Array, d: float) -> float:
     """
     S, t = np.cumsum(x), np.arange(1, len(x) + 1)
     S = np.minimum(S, t)  # not above by rounding
-    mixture = betaln(S + 0.5, t - S + 0.5) - math.log(math.pi)
+    mixture = scipy.special.betaln(S + 0.5, t - S + 0.5) - math.log(math.pi)
 
     def excess(m: float) -> float:
         wealth = mixture - S * math.log(m) - (t - S) * math.log1p(-m)

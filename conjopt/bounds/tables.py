@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import scipy  # whose parts are imported when they are used
 from numpy.typing import ArrayLike
-from scipy.special import beta, betaln, xlog1py, xlogy
 from torch import Tensor
 
 from conjopt.bounds.reading import Array
@@ -24,7 +24,9 @@ def absolute_sum(j: Array) -> Array:
     x = np.floor((np.asarray(j, dtype=np.float64) + 1) / 2)  # i + 1
     # The beta function of large arguments is a difference of large logarithms.
     series = np.sqrt(x) * np.polynomial.polynomial.polyval(1 / x, STIRLING)
-    return np.where(x < 64, 2 / beta(np.minimum(x, 64), 0.5), 2 / np.sqrt(np.pi) * series)
+    return np.where(
+        x < 64, 2 / scipy.special.beta(np.minimum(x, 64), 0.5), 2 / np.sqrt(np.pi) * series
+    )
 
 
 def deviation(q: Array, n: int) -> Array:
@@ -34,7 +36,12 @@ def deviation(q: Array, n: int) -> Array:
     """
     m = np.minimum(np.floor(n * q), n - 1)
     # log C(n-1, m) = -log n - log B(m + 1, n - m)
-    log_mass = -np.log(n) - betaln(m + 1, n - m) + xlogy(m, q) + xlog1py(n - 1 - m, -q)
+    log_mass = (
+        -np.log(n)
+        - scipy.special.betaln(m + 1, n - m)
+        + scipy.special.xlogy(m, q)
+        + scipy.special.xlog1py(n - 1 - m, -q)
+    )
     exact: Array = 2 * q * (1 - q) * np.exp(log_mass)
     return np.minimum(exact, np.sqrt(q * (1 - q) / n))
 

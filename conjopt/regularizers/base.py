@@ -219,7 +219,7 @@ class Regularizer(nn.Module, abc.ABC):
             return finite & self.potential.conjugate(rows).isfinite()
         return finite
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # which imports the compiler no earlier than torch does
     def _scheduled(self, learning: bool) -> Tensor:
         schedule: Any = self._weight
         weight = _checked_weight(schedule(self.calls), f"The weight after {self.calls} calls")

@@ -79,7 +79,7 @@ class Queue(nn.Module):
             old, new = getattr(self, name), getattr(batch, name)[: batch.fresh].detach()
             old.copy_(torch.cat([new[: self.size].to(old), old])[: self.size])
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # which imports the compiler no earlier than torch does
     def _allocate(self, batch: Rows) -> None:
         for name in ("rows", "mass", "targets"):
             like: Tensor = getattr(batch, name)

@@ -15,7 +15,7 @@ from conjopt.regularizers.rows import Rows
 __all__ = ["gathered", "with_gradient_times"]
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # which imports the compiler no earlier than torch does
 def gathered(own: Rows, group: Any) -> Rows:
     """The rows of all ranks in their order; a collective.
 
