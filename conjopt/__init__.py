@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib as _importlib
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
-from conjopt import bounds, entropy, losses, measure, optim, potentials, regularizers, report
+from conjopt import bounds, entropy, losses, measure, optim, potentials, report
 from conjopt.optim import AdaptiveBatchSampler, ConjSGD
 
 if _TYPE_CHECKING:
+    from conjopt import regularizers
     from conjopt.diagnosis import Diagnosis, diagnose
 
 __all__ = [
@@ -36,4 +38,6 @@ def __getattr__(name: str) -> _Any:
         from conjopt import diagnosis
 
         return getattr(diagnosis, name)
+    if name == "regularizers":
+        return _importlib.import_module("conjopt.regularizers")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
