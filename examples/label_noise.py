@@ -20,13 +20,13 @@ from torch.nn import functional as F
 from conjopt.regularizers import ConditionalEntropy, PredictiveEntropy
 
 NOISE, TRAIN, VALID, BATCH = 0.2, 500, 400, 64
-ENTROPY, DROPOUT = (0.3, 1.0, 3.0, 10.0), (0.1, 0.25, 0.5, 0.7)
+ENTROPY, DROPOUT = (0.3, 1.0, 3.0, 10.0), (0.25, 0.5, 0.7, 0.85)
 # Method, values of its one setting, weight decay of AdamW beside it; None: it is the setting.
 METHODS = [
     ("nothing", (0.0,), 0.0),
     ("confidence penalty", (0.1, 0.3, 1.0, 3.0), 0.0),
     ("label smoothing", (0.03, 0.1, 0.3, 0.6), 0.0),
-    ("mixup", (0.1, 0.3, 1.0, 3.0), 0.0),
+    ("mixup", (0.3, 1.0, 3.0, 10.0), 0.0),
     ("dropout", DROPOUT, 0.0),
     ("weight decay", (0.5, 1.5, 5.0, 15.0), None),
     ("ConditionalEntropy", ENTROPY, 0.0),
