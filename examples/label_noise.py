@@ -24,6 +24,7 @@ ENTROPY, DROPOUT = (0.3, 1.0, 3.0, 10.0), (0.25, 0.5, 0.7, 0.85)
 # Method, values of its one setting, weight decay of AdamW beside it; None: it is the setting.
 METHODS = [
     ("nothing", (0.0,), 0.0),
+    ("fewer steps", (0.12, 0.25, 0.5, 1.0), 0.0),  # early stopping, with a schedule of its length
     ("confidence penalty", (0.1, 0.3, 1.0, 3.0), 0.0),
     ("label smoothing", (0.03, 0.1, 0.3, 0.6), 0.0),
     ("mixup", (0.3, 1.0, 3.0, 10.0), 0.0),
@@ -90,6 +91,8 @@ def run(
 ) -> dict[str, float]:
     """Train one network, and measure it."""
     parts = data(seed, raw)
+    if name == "fewer steps":
+        steps = max(1, round(value * steps))
     torch.manual_seed(seed)
     drop = value if name.startswith("dropout") else 0.0
     model = nn.Sequential(
@@ -211,7 +214,7 @@ def main() -> None:
     entropy, with_decay = "ConditionalEntropy", "ConditionalEntropy + weight decay"
     print()
     for ours, theirs in [
-        *((entropy, name) for name, _, decay in METHODS[:6]),
+        *((entropy, name) for name, _, decay in METHODS[:7]),
         *((with_decay, name) for name in ("weight decay", "dropout + weight decay")),
     ]:
         mean, error = gain(chosen[ours], chosen[theirs])
