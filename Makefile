@@ -38,11 +38,15 @@ bench: $(VENV)/.ready
 	$(BIN)/python tests/benchmarks/loss_time.py
 	$(BIN)/python tests/benchmarks/measuring.py
 	$(BIN)/python tests/benchmarks/weak_spots.py
+	$(BIN)/python tests/benchmarks/regularizers.py
 	if [ -d "$(DATA)" ]; then \
 	  $(BIN)/python tests/benchmarks/training.py --data "$(DATA)" && \
 	  $(BIN)/python tests/benchmarks/plain_sgd.py --data "$(DATA)" && \
 	  $(BIN)/python tests/benchmarks/batch_size.py --data "$(DATA)" && \
+	  $(BIN)/python tests/benchmarks/clean_small.py --data "$(DATA)" && \
 	  $(BIN)/python tests/benchmarks/convergence.py --data "$(DATA)" --out docs/images --cost; \
+	else \
+	  $(BIN)/python tests/benchmarks/clean_small.py; \
 	fi
 
 clean:

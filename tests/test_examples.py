@@ -17,6 +17,7 @@ def test_every_example_is_tested():
         "ten_lines.py",
         "beyond_the_plain_loop.py",
         "choosing_a_potential.py",
+        "label_noise.py",
         "why_is_it_stuck.py",
     }
 
@@ -86,3 +87,28 @@ def test_planted_faults_are_diagnosed_and_remedied(tmp_path):
     losses = re.findall(r"^loss ([\d.]+) -> ([\d.]+)$", run.stdout, re.M)
     assert len(losses) == 5
     assert all(float(after) < 0.8 * float(before) for before, after in losses)
+
+
+def test_regularizers_are_compared_under_label_noise(tmp_path):
+    script = EXAMPLES / "label_noise.py"
+    run = subprocess.run(
+        [sys.executable, "-W", "error", script, "--seeds", "2", "--steps", "40", "--out", "it.png"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    rows = re.findall(r"^\| (.*?) \| ([\d.]+) % \| ([+-][\d.]+) ± ([\d.]+) \|", run.stdout, re.M)
+    assert len(rows) == 10
+    accuracy = {name: float(mean) for name, mean, _, _ in rows}
+    assert accuracy["nothing"] > 70
+    assert all(mean > 30 for mean in accuracy.values())  # chance is 10
+    for name, mean, gain, _ in rows:
+        assert float(mean) - accuracy["nothing"] == pytest.approx(float(gain), abs=0.16), name
+    gains = re.findall(r"^ConditionalEntropy against (.*): ([+-][\d.]+) ±", run.stdout, re.M)
+    assert [name for name, _ in gains] == [name for name, *_ in rows[:7]]
+    for name, gain in gains:
+        ours = accuracy["ConditionalEntropy"]
+        assert ours - accuracy[name] == pytest.approx(float(gain), abs=0.16), name
+    assert (tmp_path / "it.png").stat().st_size > 20_000
