@@ -44,9 +44,11 @@ bench: $(VENV)/.ready
 	  $(BIN)/python tests/benchmarks/plain_sgd.py --data "$(DATA)" && \
 	  $(BIN)/python tests/benchmarks/batch_size.py --data "$(DATA)" && \
 	  $(BIN)/python tests/benchmarks/clean_small.py --data "$(DATA)" && \
+	  $(BIN)/python tests/benchmarks/certificates.py --data "$(DATA)" && \
 	  $(BIN)/python tests/benchmarks/convergence.py --data "$(DATA)" --out docs/images --cost; \
 	else \
-	  $(BIN)/python tests/benchmarks/clean_small.py; \
+	  $(BIN)/python tests/benchmarks/clean_small.py && \
+	  $(BIN)/python tests/benchmarks/certificates.py; \
 	fi
 
 clean:
