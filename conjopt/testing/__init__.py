@@ -1,0 +1,30 @@
+"""Property tests of what conjopt promises, on its objects and on your own.
+
+Needs hypothesis: ``pip install "conjopt[testing]"``. A check draws examples, looks at every
+statement of docs/theory.md that it names, and raises one error that lists all that are violated,
+each with both sides and the smallest counterexample found.
+"""
+
+from __future__ import annotations
+
+try:
+    import hypothesis as _hypothesis  # noqa: F401
+except ImportError as error:  # pragma: no cover
+    raise ImportError(
+        'conjopt.testing draws its examples by hypothesis: pip install "conjopt[testing]"'
+    ) from error
+
+from conjopt.testing.potentials import check_potential
+from conjopt.testing.report import Report, Statement, Violation, ViolationError
+from conjopt.testing.strategies import outputs, potentials, targets
+
+__all__ = [
+    "Report",
+    "Statement",
+    "Violation",
+    "ViolationError",
+    "check_potential",
+    "outputs",
+    "potentials",
+    "targets",
+]

@@ -1,0 +1,183 @@
+"""What a check found, and the error that it raises."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import hypothesis
+from hypothesis import strategies as st
+from torch import Tensor
+
+__all__ = ["Report", "Statement", "Violation", "ViolationError", "run"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Violation:
+    """A statement that an example contradicts.
+
+    Attributes:
+        statement: what does not hold.
+        left: one side of it, in words and numbers.
+        right: the other.
+        example: the smallest counterexample found, by name.
+
+    Example:
+        >>> print(Violation("Fenchel-Young", "loss = -1", "0", {"f": [0.0]}))
+        Fenchel-Young: loss = -1, expected 0; for f=[0.0]
+    """
+
+    statement: str
+    left: str
+    right: str
+    example: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        named = ", ".join(f"{name}={value}" for name, value in self.example.items())
+        where = f"; for {named}" if named else ", where examples are made"
+        return f"{self.statement}: {self.left}, expected {self.right}{where}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a check looked at; it holds.
+
+    Attributes:
+        subject: what was checked.
+        statements: that hold on all examples.
+        left_out: by statement, why it was not checked.
+
+    Example:
+        >>> print(Report("Softmax()", ("link",), {}))
+        Softmax(): 1 statement holds: link
+    """
+
+    subject: str
+    statements: tuple[str, ...]
+    left_out: Mapping[str, str]
+
+    def __str__(self) -> str:
+        n = len(self.statements)
+        lines = [f"{self.subject}: {n} statement{'s hold' if n != 1 else ' holds'}: "]
+        lines[0] += ", ".join(self.statements)
+        lines += [f"not checked: {name}, {why}" for name, why in self.left_out.items()]
+        return "\n".join(lines)
+
+
+class ViolationError(AssertionError):
+    """Some statements do not hold.
+
+    Attributes:
+        violations: all of them.
+
+    Example:
+        >>> raise ViolationError("Mine()", [Violation("link", "1", "2", {"f": [0.0]})])
+        Traceback (most recent call last):
+            ...
+        conjopt.testing.report.ViolationError: Mine() violates 1 of what was checked:
+        - link: 1, expected 2; for f=[0.0]
+    """
+
+    def __init__(self, subject: str, violations: Sequence[Violation]) -> None:
+        self.violations = tuple(violations)
+        lines = [f"{subject} violates {len(self.violations)} of what was checked:"]
+        super().__init__("\n".join([*lines, *(f"- {violation}" for violation in violations)]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Statement:
+    """A statement as a function of an example.
+
+    Attributes:
+        name: with the number of the theory.
+        sides: from an example, ``(left, right, tolerance, relation)`` with ``relation`` "=" or
+            "<="; all tensors of one shape.
+
+    Example:
+        >>> import torch
+        >>> square = Statement("squares", lambda x: (0 * x, x * x, 0 * x, "<="))
+        >>> square.violated(torch.tensor([2.0])) is None
+        True
+    """
+
+    name: str
+    sides: Callable[..., tuple[Tensor, Tensor, Tensor, str]]
+
+    def violated(self, *example: Any) -> tuple[str, str] | None:
+        """Both sides where they are furthest apart, None if the statement holds.
+
+        Args:
+            example: what ``sides`` takes.
+        """
+        left, right, tolerance, relation = self.sides(*example)
+        apart = (left - right).abs() if relation == "=" else left - right
+        excess = apart - tolerance
+        bad = ~(excess <= 0)  # NaN is a violation
+        if not bad.any():
+            return None
+        place = int(excess.nan_to_num(float("inf")).argmax())
+        sign = "" if relation == "=" else "at most "
+        return f"{left.flatten()[place]:.6g}", f"{sign}{right.flatten()[place]:.6g}"
+
+
+def run(
+    subject: str,
+    statements: Sequence[Statement],
+    examples: st.SearchStrategy[tuple[Any, ...]],
+    names: Sequence[str],
+    *,
+    max_examples: int,
+    left_out: Mapping[str, str],
+) -> Report:
+    """Check every statement by itself on drawn examples.
+
+    Args:
+        subject: what is checked, for the report.
+        statements: to look at.
+        examples: a strategy of what they take.
+        names: of its parts.
+        max_examples: for each statement.
+        left_out: by statement, why it is not checked.
+
+    Returns:
+        the report, if all of them hold.
+
+    Raises:
+        ViolationError: with all that do not.
+    """
+    found = [_smallest(statement, examples, names, max_examples) for statement in statements]
+    violations = [violation for violation in found if violation is not None]
+    if violations:
+        raise ViolationError(subject, violations)
+    return Report(subject, tuple(s.name for s in statements), left_out)
+
+
+def _smallest(
+    statement: Statement,
+    examples: st.SearchStrategy[tuple[Any, ...]],
+    names: Sequence[str],
+    max_examples: int,
+) -> Violation | None:
+    """The smallest counterexample found, None if there is none."""
+    found: list[Violation] = []
+
+    @hypothesis.settings(max_examples=max_examples, database=None, deadline=None, derandomize=True)
+    @hypothesis.given(examples)
+    def holds(example: tuple[Any, ...]) -> None:
+        try:
+            sides = statement.violated(*example)
+        except Exception as error:
+            sides = f"{type(error).__name__}: {error}", "no error"
+        if sides is not None:
+            values = {name: part.tolist() for name, part in zip(names, example, strict=True)}
+            found.append(Violation(statement.name, *sides, values))
+            raise AssertionError(statement.name)
+
+    try:
+        holds()
+    except Exception as error:
+        if found:
+            return found[-1]  # hypothesis runs the smallest last
+        return Violation(statement.name, f"{type(error).__name__}: {error}", "no error", {})
+    return None
