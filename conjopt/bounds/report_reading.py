@@ -101,10 +101,11 @@ def read_part(model: nn.Module, view: PotentialOf, loader: Any, name: str) -> Pa
             digests += [digest(of_inputs, i) for i in range(len(f))]
     f, y = joined(outputs, targets, caller)
     _refuse(caller, "outputs", torch.isfinite(f).flatten(1).all(1))
+    _check_classes(caller, view, f, y)
     try:
         weights, points = view.weights(f, y).cpu().double(), view.points(f, y).cpu().double()
         scale, offset = float(view.scale(f, y)), float(view.offset(f, y))
-    except (ValueError, IndexError) as error:
+    except ValueError as error:
         raise ValueError(f"{caller}: outputs and targets do not fit: {error}") from error
     rows = view.rows(f).cpu().double()
     _check_points(caller, view, points, weights)
@@ -151,6 +152,19 @@ def read_part(model: nn.Module, view: PotentialOf, loader: Any, name: str) -> Pa
         digests=digests,
         ignored=int((~kept).sum()),
     )
+
+
+def _check_classes(caller: str, view: PotentialOf, f: Tensor, y: Tensor) -> None:
+    """Refuse class indices that do not exist; on a GPU, using one ends the process."""
+    if not isinstance(view, ClassTargets) or y.is_floating_point() or f.ndim < 2:
+        return
+    k, ignored = f.shape[1], view.criterion.ignore_index
+    bad = y[((y < 0) | (y >= k)) & (y != ignored)]
+    if len(bad):
+        raise ValueError(
+            f"{caller}: {len(bad)} of {y.numel()} targets, such as {int(bad[0])}, are no class "
+            f"indices below {k}, the number of outputs: number the classes from 0"
+        )
 
 
 def _check_points(caller: str, view: PotentialOf, points: Tensor, weights: Tensor) -> None:

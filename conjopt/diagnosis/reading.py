@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import math
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -204,7 +205,7 @@ def _rows(inputs: Any, count: int, name: str) -> Bytes:
         if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == count:
             plain = leaf.detach().cpu()
             plain = plain + 0.0 if plain.is_floating_point() else plain  # -0.0 becomes 0.0
-            flat = plain.reshape(count, -1).contiguous()
+            flat = plain.reshape(count, math.prod(plain.shape[1:])).contiguous()
             rows.append(flat.view(torch.uint8).numpy())
     if not rows:
         raise ValueError(
