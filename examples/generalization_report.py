@@ -51,7 +51,7 @@ def train(dataset: TensorDataset, term: nn.Module | None, epochs: int) -> nn.Mod
 def main() -> None:
     """Print a report of each network."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--plot", metavar="PREFIX")
     options = parser.parse_args()
     training, heldout = digits()

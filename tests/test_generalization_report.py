@@ -109,11 +109,16 @@ def test_every_bound_is_the_function_it_names_and_says_what_it_promises(case):
     assert before.value == pytest.approx(GAMMA - floor, abs=1e-12)
     assert after.value == pytest.approx(GAMMA - risk, abs=1e-12)
     assert low.value <= report.gap <= after.value <= before.value
-    training, heldout = bound(report, "Thm 4.3", "R")
+    training, heldout = bound(report, "Thm 4.3", "R", "loss")
     for found, part in ((training, slice(None, 300)), (heldout, slice(300, None))):
         cells = LogitGrid(0.5)(f[part], y[part])
         assert found.value == pytest.approx(uniform_gap_bound(cells, max_loss=GAMMA), abs=1e-12)
         assert f"{cells.count} cells" in found.why
+    assert (training.kind, heldout.kind) == ("diagnostic", "guarantee")
+    training, heldout = bound(report, "Thm 4.3", "R", "error rate")
+    for found, part in ((training, slice(None, 300)), (heldout, slice(300, None))):
+        cells = TopClass()(f[part], y[part])
+        assert found.value == pytest.approx(uniform_gap_bound(cells, max_loss=1.0), abs=1e-12)
     assert (training.kind, heldout.kind) == ("diagnostic", "guarantee")
     assert "nothing is promised" in training.why
 
@@ -458,7 +463,11 @@ def test_losses_above_the_maximum_are_found_among_held_out_samples_alone():
         ([(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))], ValueError, "gave no samples"),
         ([(torch.ones(3, 4), torch.zeros(2, dtype=torch.long))], ValueError, r"\(3, 3\).*\(2,\)"),
         ([(torch.ones(3, 4), torch.zeros(3, 2))], ValueError, "do not fit.*expected outputs"),
-        ([(torch.ones(3, 4), torch.tensor([0, 1, 3]))], ValueError, "1 of 3 targets, such as 3, are no class"),
+        (
+            [(torch.ones(3, 4), torch.tensor([0, 1, 3]))],
+            ValueError,
+            "1 of 3 targets, such as 3",
+        ),
         ([(torch.ones(3, 4), torch.full((3,), -100))], ValueError, "ignores all 3 samples"),
         ([torch.ones(3, 4)], TypeError, "expected a pair"),
         (torch.ones(3, 4), TypeError, "expected a DataLoader"),

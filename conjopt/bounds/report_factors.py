@@ -236,10 +236,12 @@ def bounds_of(
             ),
         ]
     found += _range(train, potential, maximum)
-    for part in (train, heldout):
-        found.append(
-            _uniform(part, potential, certified, maximum, confidence=confidence, step=step)
-        )
+    kinds = ["loss"] if math.isfinite(maximum) else []
+    if train.labels is not None and heldout.labels is not None:
+        kinds.append("error rate")
+    for of in kinds:
+        for part in (train, heldout):
+            found.append(_uniform(part, potential, of, maximum, confidence=confidence, step=step))
     return tuple(found)
 
 
@@ -258,7 +260,7 @@ def _range(train: Part, potential: Potential, maximum: float) -> list[ReportedBo
         ReportedBound(
             at,
             of,
-            "R - Rhat <=",
+            "R - Rhat (a priori) <=",
             ends.upper,
             GUARANTEE,
             f"certain, if no loss exceeds {maximum:.4g}: that less Ent(Y|Z) = {floor:.4g}",
@@ -266,7 +268,7 @@ def _range(train: Part, potential: Potential, maximum: float) -> list[ReportedBo
         ReportedBound(
             at,
             of,
-            "R - Rhat <=",
+            "R - Rhat (measured) <=",
             ends.measured_upper,
             GUARANTEE,
             f"certain, if no loss exceeds {maximum:.4g}: that less Rhat",
@@ -277,13 +279,13 @@ def _range(train: Part, potential: Potential, maximum: float) -> list[ReportedBo
 def _uniform(
     part: Part,
     potential: Potential,
-    certified: str,
+    of: str,
     maximum: float,
     *,
     confidence: float,
     step: float,
 ) -> ReportedBound:
-    n, of = len(part.losses), "loss" if certified == "loss" else "error rate"
+    n = len(part.losses)
     symbols = f"R - Rhat {'(training)' if part.name == 'training' else '(held out)'} <="
     why = ""
     if part.labels is None:
@@ -306,7 +308,9 @@ def _uniform(
         confidence=confidence,
         form="self-bounding" if n >= MANY else "empirical",
     )
-    where = f"{cells.count} cells, {n} samples"
+    where = f"{cells.count} cells, {n} samples" + (
+        f", which is too few: no more than the maximum {most:.4g}" if value >= most else ""
+    )
     if part.name == "training":
         return ReportedBound(
             "Thm 4.3",

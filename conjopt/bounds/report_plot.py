@@ -38,6 +38,7 @@ def draw(report: GeneralizationReport) -> Any:
     FigureCanvasAgg(figure)
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1.4, 1.6))
     of_error = report.certified == "error rate"
+    shown_of = "error rate" if of_error else "loss"
     risks = (
         (report.training_error, report.heldout_error)
         if of_error
@@ -49,16 +50,19 @@ def draw(report: GeneralizationReport) -> Any:
         left.axhline(report.certificate, color="black", linestyle="--", label=label)
         left.set_ylim(top=1.2 * max(report.certificate, *risks))  # room for the legend
         left.legend(frameon=False, fontsize=9)
-    left.set_title("error rate" if of_error else "loss", loc="left", fontsize=11)
+    left.set_title(shown_of, loc="left", fontsize=11)
 
-    gaps = [b for b in report.bounds if "Rhat" in b.bounds and math.isfinite(b.value)]
-    names = [f"{b.statement}, {b.of}: {b.bounds}" for b in gaps]
+    of_gap = [b for b in report.bounds if b.of == shown_of and "Rhat" in b.bounds]
+    gaps = [b for b in of_gap if math.isfinite(b.value)]
+    names = [f"{b.statement}: {b.bounds}" for b in gaps]
     colours = [GREEN if b.kind == "guarantee" else "0.6" for b in gaps]
     middle.barh(range(len(gaps)), [b.value for b in gaps], color=colours)
     middle.set_yticks(range(len(gaps)), names, fontsize=8)
     middle.axvline(risks[1] - risks[0], color="black", linestyle=":", label="measured gap")
     middle.legend(frameon=False, fontsize=9)
-    middle.set_title("gap: guarantee (green), diagnostic (grey)", loc="left", fontsize=11)
+    middle.set_title(
+        "bounds on the gap: guarantee (green), diagnostic (grey)", loc="left", fontsize=11
+    )
 
     shown = [f for f in report.factors if math.isfinite(f.training) or math.isfinite(f.heldout)]
     for shift, colour, name in ((-0.2, BLUE, "training"), (0.2, RED, "heldout")):
