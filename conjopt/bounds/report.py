@@ -24,9 +24,9 @@ from conjopt.bounds.report_factors import (
 from conjopt.bounds.report_reading import (
     NAME,
     Part,
-    check_losses,
-    check_outputs,
     check_targets,
+    greatest_output,
+    limited,
     read_part,
     refuse_shared_dataset,
     refuse_shared_inputs,
@@ -307,11 +307,10 @@ def generalization_report(
         check_targets(parts, *target_range)
     maximum = math.inf if max_loss is None else float(max_loss)
     if max_output is not None:
-        check_outputs(parts, max_output)
-        k = first.outputs.shape[1]
-        derived = maximum_of_clipped(potential, k, max_output, target_range)
+        limit = greatest_output(parts, max_output)
+        derived = maximum_of_clipped(potential, first.outputs.shape[1], limit, target_range)
         maximum = derived if max_loss is None else maximum
-    check_losses(parts, maximum)
+    first, second = (limited(part, maximum) for part in parts)
     reason = ""
     if math.isinf(maximum):
         reason = (

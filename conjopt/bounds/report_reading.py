@@ -24,15 +24,16 @@ from conjopt.potentials import Logistic
 __all__ = [
     "NAME",
     "Part",
-    "check_losses",
-    "check_outputs",
     "check_targets",
+    "greatest_output",
+    "limited",
     "read_part",
     "refuse_shared_dataset",
     "refuse_shared_inputs",
 ]
 
 NAME = "generalization_report"
+ROUNDED = 1e-9  # relative; a mean of float64 losses is above their maximum by less
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Part:
         weights: Of the rows, 1 over the number of rows of the sample, `(R,)`.
         digests: One for each sample, equal for equal inputs.
         ignored: How many samples the criterion ignores; they are in none of the above but the last.
+        dtype: In which the model returned the outputs.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Part:
     weights: Tensor
     digests: list[bytes]
     ignored: int
+    dtype: torch.dtype
 
     @property
     def single(self) -> bool:
@@ -135,7 +138,7 @@ def read_part(model: nn.Module, view: PotentialOf, loader: Any, name: str) -> Pa
     if wrong is not None:
         by_row_wrong = torch.zeros(len(rows), dtype=torch.float64)
         by_row_wrong[counts] = wrong.double()
-        errors = mean(by_row_wrong)
+        errors = mean(by_row_wrong).clamp(max=1)  # up to rounding it is
     numbers: dict[bytes, int] = {}
     group = torch.tensor([numbers.setdefault(d, len(numbers)) for d in digests])
     of_row = group[sample] * places + torch.arange(places).repeat(n)
@@ -151,6 +154,7 @@ def read_part(model: nn.Module, view: PotentialOf, loader: Any, name: str) -> Pa
         weights=weight[counts],
         digests=digests,
         ignored=int((~kept).sum()),
+        dtype=f.dtype,
     )
 
 
@@ -265,16 +269,29 @@ def refuse_shared_inputs(train: Part, heldout: Part) -> None:
         )
 
 
-def check_outputs(parts: tuple[Part, Part], most: float) -> None:
-    """Refuse outputs beyond what they are said to be clipped to."""
+def greatest_output(parts: tuple[Part, Part], most: float) -> float:
+    """Refuse outputs beyond what they are said to be clipped to.
+
+    Args:
+        parts: Training and held-out samples.
+        most: What the outputs are said to be clipped to.
+
+    Returns:
+        The same, or the nearest number of the outputs' dtype, if that is greater.
+
+    Raises:
+        ValueError: With the number of outputs beyond it.
+    """
+    limit = max(most, *(float(torch.tensor(most, dtype=part.dtype)) for part in parts))
     for part in parts:
-        beyond = part.outputs.abs() > most * (1 + torch.finfo(torch.float32).eps)
+        beyond = part.outputs.abs() > limit
         if bool(beyond.any()):
             raise ValueError(
                 f"{NAME}: {int(beyond.any(1).sum())} of {len(beyond)} {part.name} outputs are "
                 f"beyond max_output={most}, up to {float(part.outputs.abs().max()):.6g}: let the "
                 f"model clip them, for example by a last nn.Hardtanh({-most}, {most})"
             )
+    return limit
 
 
 def check_targets(parts: tuple[Part, Part], least: float, greatest: float) -> None:
@@ -289,14 +306,27 @@ def check_targets(parts: tuple[Part, Part], least: float, greatest: float) -> No
             )
 
 
-def check_losses(parts: tuple[Part, Part], maximum: float) -> None:
-    """Refuse losses above the stated maximum."""
+def limited(part: Part, maximum: float) -> Part:
+    """Refuse losses above the stated maximum; those above by rounding are put at it.
+
+    Args:
+        part: Training or held-out samples.
+        maximum: `gamma`, or infinity.
+
+    Returns:
+        The samples.
+
+    Raises:
+        ValueError: With the number of losses above, and which.
+    """
     if math.isinf(maximum):
-        return
-    for part in parts:
-        try:
-            read_losses(f"{NAME}, {part.name} samples", part.losses, 0.0, maximum)
-        except ValueError as error:
-            raise ValueError(
-                f"{error}. Nothing is clipped here: clip the model's outputs and pass max_output"
-            ) from None
+        return part
+    near = part.losses <= maximum * (1 + ROUNDED)
+    losses = torch.where(near, part.losses.clamp(max=maximum), part.losses)
+    try:
+        read_losses(f"{NAME}, {part.name} samples", losses, 0.0, maximum)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. Nothing is clipped here: clip the model's outputs and pass max_output"
+        ) from None
+    return dataclasses.replace(part, losses=losses)
