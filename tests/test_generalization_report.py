@@ -262,16 +262,16 @@ def test_the_maximum_of_clipped_outputs_bounds_every_loss(loss, targets):
     assert report.maximum == pytest.approx(greatest, abs=1e-9)
 
 
-@pytest.mark.parametrize("clip", [0.3, 7.7])
+@pytest.mark.parametrize("clip", [0.3, 4.0, 7.7])
 def test_losses_at_the_maximum_are_not_above_it_by_rounding(clip):
     """Outputs are at corners of the cube, in float32; the wrong class is certain."""
     generator = torch.Generator().manual_seed(0)
-    corner = torch.where(F.one_hot(torch.zeros(80, 6).long(), 3).movedim(-1, 1) > 0, -9.0, 9.0)
+    corner = torch.where(F.one_hot(torch.zeros(80, 39).long(), 3).movedim(-1, 1) > 0, -9.0, 9.0)
     corner = corner + torch.rand(corner.shape, generator=generator)
     report = generalization_report(
         nn.Hardtanh(-clip, clip),
         nn.CrossEntropyLoss(),
-        *split(corner, torch.zeros(80, 6).long(), 40),
+        *split(corner, torch.zeros(80, 39).long(), 40),
         max_output=clip,
     )
     at = float(torch.tensor(clip))  # the float32 number that is nearest
