@@ -18,6 +18,7 @@ def test_every_example_is_tested():
         "beyond_the_plain_loop.py",
         "choosing_a_potential.py",
         "label_noise.py",
+        "generalization_report.py",
         "why_is_it_stuck.py",
     }
 
@@ -69,6 +70,24 @@ def test_architectures_are_measured_and_drawn(tmp_path):
     assert least["deep residual (12 layers of 64)"] > 2 * least["deep plain (12 layers of 64)"]
     assert least["wide (3 layers of 512)"] > 2 * least["wide, 95 % pruned"]
     assert (tmp_path / "picture.png").stat().st_size > 20_000
+
+
+def test_two_networks_are_certified_and_drawn(tmp_path):
+    script = EXAMPLES / "generalization_report.py"
+    run = subprocess.run(
+        [sys.executable, "-W", "error", script, "--epochs", "20", "--plot", "picture"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    losses = re.findall(r"^loss +[\d.]+ +([\d.]+) +", run.stdout, re.M)
+    certified = re.findall(r"^with 95 % confidence the loss .* at most ([\d.]+)$", run.stdout, re.M)
+    assert len(losses) == len(certified) == 2
+    assert all(0 < float(top) - float(loss) < 0.3 for loss, top in zip(losses, certified))
+    for name in ("nothing", "ConditionalEntropy"):
+        assert (tmp_path / f"picture-{name}.png").stat().st_size > 20_000
 
 
 def test_planted_faults_are_diagnosed_and_remedied(tmp_path):

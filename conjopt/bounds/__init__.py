@@ -15,6 +15,8 @@ from conjopt.bounds.promise import Promise
 from conjopt.bounds.quantizers import Cells, LogitGrid, TopClass
 from conjopt.bounds.rates import linear_rate, one_hot_rate, pl_constant
 from conjopt.bounds.records import LedgerBound, LedgerStep
+from conjopt.bounds.report import GeneralizationReport, generalization_report
+from conjopt.bounds.report_factors import Factor, ReportedBound
 from conjopt.bounds.steps import (
     batch_gradient_square,
     convergence_bound,
@@ -28,7 +30,9 @@ __all__ = [
     "Cells",
     "Condition",
     "ConvergenceLedger",
+    "Factor",
     "GeneralizationRange",
+    "GeneralizationReport",
     "HeldoutInterval",
     "LedgerBound",
     "LedgerStep",
@@ -36,12 +40,14 @@ __all__ = [
     "MeanBounds",
     "PLBound",
     "Promise",
+    "ReportedBound",
     "RiskSandwich",
     "TopClass",
     "batch_gradient_square",
     "convergence_bound",
     "expected_decrease",
     "generalization_range",
+    "generalization_report",
     "heldout_certificate",
     "linear_rate",
     "one_hot_rate",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import math
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from conjopt.measure.layers.tape import as_arguments
 from conjopt.measure.replay import Replay
 
-__all__ = ["Seen", "read", "taken", "untouched"]
+__all__ = ["Seen", "batches", "digest", "joined", "read", "taken", "untouched"]
 
 MOST_OUTPUTS = 2**26  # numbers that the outputs of all samples seen may take
 
@@ -68,27 +69,9 @@ def read(model: nn.Module, loader: Any, *, samples: int, limit: int, seed: int) 
     outputs: list[Tensor] = []
     targets: list[Tensor] = []
     digests: list[bytes] = []
-    device = next((t.device for t in chain(model.parameters(), model.buffers())), None)
     complete = True
-    for batch in _iterate(loader):
-        x, y = _pair(batch)
-        x = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, x)
-        args, kwargs = as_arguments(x)
-        with torch.no_grad():
-            found = Replay(model, args, kwargs, Replay.random_state(model)).run({})
-        if len(found) != 1 or found[0] is None or not found[0].ndim:
-            raise ValueError(
-                f"diagnose: {type(model).__name__} returned {len(found)} values, expected one "
-                "floating-point tensor with samples along dimension 0; wrap the model in a module "
-                "that returns what the loss is given."
-            )
-        f, count = found[0], len(found[0])
-        if not y.ndim or len(y) != count:
-            raise ValueError(
-                f"diagnose: outputs of shape {tuple(f.shape)} came with targets of shape "
-                f"{tuple(y.shape)}, expected as many samples along dimension 0 of both."
-            )
-        rows = _rows(x, count)
+    for x, f, y, rows in batches(model, loader, "diagnose"):
+        count = len(f)
         room = min(limit - len(digests), MOST_OUTPUTS // max(1, f[:1].numel()) - len(digests))
         complete = count <= room
         take = min(count, room)
@@ -97,57 +80,117 @@ def read(model: nn.Module, loader: Any, *, samples: int, limit: int, seed: int) 
             place = number if number < samples else draw.randint(0, number)
             if place < samples:
                 kept[place] = (number, tree_map(partial(_one, i=i, count=count), x))
-        digests += [_digest(rows, i) for i in range(take)]
+        digests += [digest(rows, i) for i in range(take)]
         outputs.append(f[:take].detach())
         targets.append(y[:take].to(f.device))
         if not complete:
             break
-    if not digests:
-        raise ValueError(
-            "diagnose: the loader gave no samples; expected at least one batch (inputs, targets). "
-            "A generator that was used up is empty, too: pass a DataLoader or a list of batches."
-        )
-    if len({t.shape[1:] for t in outputs}) > 1 or len({t.shape[1:] for t in targets}) > 1:
-        raise ValueError(
-            "diagnose: outputs or targets of the batches have different shapes beyond dimension "
-            "0; pad sequences to one length, with targets that the loss ignores."
-        )
+    f, y = joined(outputs, targets, "diagnose")
     names: dict[bytes, int] = {}
     groups = torch.tensor([names.setdefault(digest, len(names)) for digest in digests])
     chosen = sorted(kept.values(), key=lambda pair: pair[0])
-    inputs = tree_map(_joined, *(sample for _, sample in chosen))
-    probe = torch.tensor([number for number, _ in chosen], device=outputs[0].device)
+    inputs = tree_map(_stacked, *(sample for _, sample in chosen))
+    probe = torch.tensor([number for number, _ in chosen], device=f.device)
     return Seen(
-        outputs=torch.cat(outputs),
-        targets=torch.cat(targets),
+        outputs=f,
+        targets=y,
         inputs=inputs,
         probe=probe,
-        groups=groups.to(outputs[0].device),
+        groups=groups.to(f.device),
         complete=complete,
         batch_size=len(outputs[0]),
     )
 
 
-def _iterate(loader: Any) -> Iterator[Any]:
+Bytes = list[np.ndarray[Any, Any]]  # of samples, `(count, bytes)` for each tensor of inputs
+
+
+def batches(
+    model: nn.Module, loader: Any, name: str
+) -> Iterator[tuple[Any, Tensor, Tensor, Bytes]]:
+    """Run the model on each batch, without a trace on its buffers.
+
+    Args:
+        model: In the mode it is to run in.
+        loader: Of batches `(inputs, targets)`.
+        name: Of the caller, for errors.
+
+    Yields:
+        Inputs on the model's device, outputs, targets, and the bytes of the inputs.
+
+    Raises:
+        TypeError: For batches that are no pairs of inputs and targets.
+        ValueError: For outputs, inputs and targets that do not fit together.
+    """
+    device = next((t.device for t in chain(model.parameters(), model.buffers())), None)
+    for batch in _iterate(loader, name):
+        x, y = _pair(batch, name)
+        x = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, x)
+        args, kwargs = as_arguments(x)
+        with torch.no_grad():
+            found = Replay(model, args, kwargs, Replay.random_state(model)).run({})
+        if len(found) != 1 or found[0] is None or not found[0].ndim:
+            raise ValueError(
+                f"{name}: {type(model).__name__} returned {len(found)} values, expected one "
+                "floating-point tensor with samples along dimension 0; wrap the model in a module "
+                "that returns what the loss is given."
+            )
+        f = found[0]
+        if not y.ndim or len(y) != len(f):
+            raise ValueError(
+                f"{name}: outputs of shape {tuple(f.shape)} came with targets of shape "
+                f"{tuple(y.shape)}, expected as many samples along dimension 0 of both."
+            )
+        yield x, f, y, _rows(x, len(f), name)
+
+
+def joined(outputs: list[Tensor], targets: list[Tensor], name: str) -> tuple[Tensor, Tensor]:
+    """Join what batches gave; refuse none, and those of different shapes.
+
+    Args:
+        outputs: Of each batch.
+        targets: Of each batch.
+        name: Of the caller, for errors.
+
+    Returns:
+        Outputs and targets of all samples.
+
+    Raises:
+        ValueError: If they cannot be joined.
+    """
+    if not sum(map(len, outputs)):
+        raise ValueError(
+            f"{name}: the loader gave no samples; expected at least one batch (inputs, targets). "
+            "A generator that was used up is empty, too: pass a DataLoader or a list of batches."
+        )
+    if len({t.shape[1:] for t in outputs}) > 1 or len({t.shape[1:] for t in targets}) > 1:
+        raise ValueError(
+            f"{name}: outputs or targets of the batches have different shapes beyond dimension "
+            "0; pad sequences to one length, with targets that the loss ignores."
+        )
+    return torch.cat(outputs), torch.cat(targets)
+
+
+def _iterate(loader: Any, name: str) -> Iterator[Any]:
     if isinstance(loader, Tensor | Mapping | str) or not isinstance(loader, Iterable):
         raise TypeError(
-            f"diagnose: the loader is a {type(loader).__name__}, expected a DataLoader or another "
+            f"{name}: the loader is a {type(loader).__name__}, expected a DataLoader or another "
             "iterable of batches (inputs, targets); give a single batch as [(inputs, targets)]."
         )
     return iter(loader)
 
 
-def _pair(batch: Any) -> tuple[Any, Tensor]:
+def _pair(batch: Any, name: str) -> tuple[Any, Tensor]:
     if isinstance(batch, Mapping):
         raise TypeError(
-            f"diagnose: a batch is a dict with the keys {sorted(map(str, batch))}, in which inputs "
+            f"{name}: a batch is a dict with the keys {sorted(map(str, batch))}, in which inputs "
             "and targets cannot be told apart; pass pairs, such as "
             '[(batch["inputs"], batch["targets"]) for batch in loader].'
         )
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
         shape = f" of length {len(batch)}" if isinstance(batch, tuple | list) else ""
         raise TypeError(
-            f"diagnose: a batch is a {type(batch).__name__}{shape}, expected a pair (inputs, "
+            f"{name}: a batch is a {type(batch).__name__}{shape}, expected a pair (inputs, "
             "targets) with the targets in one tensor; inputs are a tensor, or a tuple or a dict "
             "of the model's arguments."
         )
@@ -155,28 +198,37 @@ def _pair(batch: Any) -> tuple[Any, Tensor]:
     return (tuple(inputs) if isinstance(inputs, list) else inputs), targets
 
 
-def _rows(inputs: Any, count: int) -> list[np.ndarray[Any, Any]]:
+def _rows(inputs: Any, count: int, name: str) -> Bytes:
     """Return the bytes of the samples, one array `(count, bytes)` for each tensor of them."""
     rows = []
     for leaf in tree_leaves(inputs):
         if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == count:
             plain = leaf.detach().cpu()
             plain = plain + 0.0 if plain.is_floating_point() else plain  # -0.0 becomes 0.0
-            flat = plain.reshape(count, -1).contiguous()
+            flat = plain.reshape(count, math.prod(plain.shape[1:])).contiguous()
             rows.append(flat.view(torch.uint8).numpy())
     if not rows:
         raise ValueError(
-            f"diagnose: no tensor among the inputs has the {count} samples of the outputs along "
+            f"{name}: no tensor among the inputs has the {count} samples of the outputs along "
             "dimension 0."
         )
     return rows
 
 
-def _digest(rows: list[np.ndarray[Any, Any]], i: int) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
+def digest(rows: Bytes, i: int) -> bytes:
+    """Return what tells the inputs of sample `i` from others.
+
+    Args:
+        rows: Of a batch.
+        i: The sample's place in it.
+
+    Returns:
+        Bytes.
+    """
+    found = hashlib.blake2b(digest_size=16)
     for array in rows:
-        digest.update(array[i].tobytes())
-    return digest.digest()
+        found.update(array[i].tobytes())
+    return found.digest()
 
 
 def _one(leaf: Any, i: int, count: int) -> Any:
@@ -185,7 +237,7 @@ def _one(leaf: Any, i: int, count: int) -> Any:
     return leaf
 
 
-def _joined(first: Any, *others: Any) -> Any:
+def _stacked(first: Any, *others: Any) -> Any:
     together = isinstance(first, Tensor) and first.ndim and len(first) == 1
     return torch.cat([first, *others]) if together else first
 

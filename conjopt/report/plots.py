@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_runs"]
+__all__ = ["plot_runs", "save"]
 
 # Okabe and Ito's colours, told apart with any kind of colour vision; the darker ones first.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -114,7 +114,7 @@ def plot_runs(
         title="thin: each seed, thick: median over seeds",
         title_fontsize=9,
     )
-    _save(figure, Path(path))
+    save(figure, Path(path))
 
 
 def _group(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Runs]]:
@@ -164,7 +164,16 @@ def _dress(axis: Axes, title: str) -> None:
     axis.tick_params(labelsize=9)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write a figure, whole or not at all.
+
+    Args:
+        figure: Of matplotlib.
+        path: The file; its suffix chooses the format.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         figure.savefig(temporary, format=path.suffix[1:] or "png")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from loop import RULES, any_rule, backward, equal, make, network, parameters, same, train
 
-from conjopt.optim.conj_sgd import BLOCK_STATE
+from conjopt.optim.saving import BLOCK_STATE
 
 
 @any_rule

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from conjopt import AdaptiveBatchSampler
-from conjopt.optim.conj_sgd import BLOCK_STATE
+from conjopt.optim.saving import BLOCK_STATE
 
 RESUMED = {
     "spectral": {},
