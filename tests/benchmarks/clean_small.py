@@ -166,6 +166,7 @@ def main() -> None:
     """Compare, print a table, and write it as JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="a folder with Fashion-MNIST and CIFAR-10")
+    parser.add_argument("--only", default="", help="data sets whose names have this in them")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--out", type=Path, help="a JSON file for all measures")
@@ -177,6 +178,8 @@ def main() -> None:
     print("paired differences; ▲ better and ▼ worse by more than two standard errors.\n")
     table = {}
     for problem in problems(arguments.data):
+        if arguments.only not in problem.name:
+            continue
         chosen = compare(problem, arguments.seeds, arguments.steps)
         table[problem.name] = chosen
         print(f"| {problem.name} | accuracy | loss | against tuned weight decay | chosen |")
