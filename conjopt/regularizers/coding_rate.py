@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conjopt.losses.fenchel_young import _can_look_at
 from conjopt.potentials import Logistic, Potential
 from conjopt.regularizers.base import Schedule
 from conjopt.regularizers.batch import BatchRegularizer
@@ -159,6 +160,12 @@ class OutputCodingRate(_Spread):
 
     def _of_classes(self, rows: Tensor, share: Tensor, labels: Tensor, classes: int) -> Tensor:
         size = share.new_zeros(classes).index_add(0, labels, share)
+        if _can_look_at(share):
+            # A class of a single row has rate 0; with many classes most are such.
+            members = share.new_zeros(classes).index_add(0, labels, (share > 0).to(share))
+            several = ((share > 0) & (members[labels] > 1)).nonzero().squeeze(1)
+            if 0 < 2 * len(several) < len(share):
+                rows, share, labels = rows[several], share[several], labels[several]
         own = (share / torch.where(share > 0, size[labels], 1) / self.eps2).sqrt()
         rows = rows * own.unsqueeze(1)  # the covariance of a class, over eps2, is the sum of x x^T
         trace = share.new_zeros(classes).index_add(0, labels, rows.detach().square().sum(1))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conjopt.losses.fenchel_young import _can_look_at
 from conjopt.potentials import Entmax, Logistic, Poisson, Potential, Softmax, Squared
 from conjopt.regularizers.base import Schedule
 from conjopt.regularizers.batch import BatchRegularizer
@@ -111,25 +112,28 @@ class ConditionalEntropy(BatchRegularizer):
     def _value(self, batch: Rows) -> Tensor:
         if self.potential == Squared():  # shifts of the targets change nothing: less to cancel
             batch = batch.with_targets(batch.points - batch.share @ batch.points)
-        if self._hard(batch) and isinstance(self.potential, Softmax | Entmax):
-            batch = batch.with_few_classes()  # Phi is 0 at labels, and blind to absent classes
-            weights = self._neighbours(batch)
-            entropy = -self.potential.value(self._mean_targets(weights, batch))
-        else:
-            weights = self._neighbours(batch)
-            entropy = weights @ self.potential.value(batch.points)
-            entropy = entropy - self.potential.value(self._mean_targets(weights, batch))
         mass = batch.mass[: batch.fresh]
         if self.potential.on_simplex:
             mass = torch.where(_has_company(batch), mass, 0)
+        few = _few(mass)
+        if few is not None:
+            mass = mass[few]
+        if self._hard(batch) and isinstance(self.potential, Softmax | Entmax):
+            batch = batch.with_few_classes()  # Phi is 0 at labels, and blind to absent classes
+            weights = self._neighbours(batch, few)
+            entropy = -self.potential.value(self._mean_targets(weights, batch))
+        else:
+            weights = self._neighbours(batch, few)
+            entropy = weights @ self.potential.value(batch.points)
+            entropy = entropy - self.potential.value(self._mean_targets(weights, batch))
         return normalised(mass) @ entropy
 
     def _mean_targets(self, weights: Tensor, batch: Rows) -> Tensor:
-        """`ybar` of the rows of this step, `(fresh, k)`."""
+        """`ybar` of the rows that the weights are for, `(fresh, k)`."""
         if not self._hard(batch):
             mean = weights @ batch.points
         else:  # a sum for each class costs less than a product with one-hot targets
-            sums = weights.new_zeros(batch.width, batch.fresh)
+            sums = weights.new_zeros(batch.width, len(weights))
             mean = sums.index_add(0, batch.targets, weights.T).T
         return _inside(self.potential, mean)
 
@@ -138,17 +142,26 @@ class ConditionalEntropy(BatchRegularizer):
         smoothed = bool(getattr(self.criterion, "label_smoothing", 0.0))
         return batch.labels is not None and not smoothed
 
-    def _neighbours(self, batch: Rows) -> Tensor:
-        """`w`: the weights of all rows for those of this step, `(fresh, R)`; they sum to 1."""
+    def _neighbours(self, batch: Rows, few: Tensor | None = None) -> Tensor:
+        """`w`: the weights of all rows for those of this step, `(fresh, R)`; they sum to 1.
+
+        Args:
+            batch: all rows.
+            few: numbers of those that the weights are asked for; None for all of this step.
+        """
         tiny, eps = torch.finfo(batch.rows.dtype).tiny, torch.finfo(batch.rows.dtype).eps
         rows = batch.rows / batch.rows.detach().abs().amax().clamp(min=tiny)  # squares in range
         rows = rows - batch.share @ rows
-        products, squares = inner_products(rows, batch.fresh)
+        if few is None:
+            products, squares = inner_products(rows, batch.fresh)
+        else:
+            products, squares = rows[few] @ rows.T, rows.square().sum(1)
         # Rows that differ by rounding only, relative to the largest entry, are taken as equal.
         scale = batch.mean(squares).clamp(min=rows.shape[1] * (64 * eps) ** 2)  # k times mean u^2
         counts = batch.mass > 0
         every = torch.arange(len(rows), device=rows.device)
-        others = counts & (every != every[: batch.fresh].unsqueeze(1))
+        asked = every[: batch.fresh] if few is None else few
+        others = counts & (every != asked.unsqueeze(1))
         # -||u_i - u_j||^2 / (2 k bandwidth) up to a term of u_i alone, which a softmax cannot see.
         scores = (products - squares / 2) / (scale * self.bandwidth)
         scores = scores + torch.where(counts, batch.mass, 1).log()
@@ -158,6 +171,17 @@ class ConditionalEntropy(BatchRegularizer):
     def extra_repr(self) -> str:
         """Return the arguments, for `repr`."""
         return f"{super().extra_repr()}, bandwidth={self.bandwidth}"
+
+
+def _few(mass: Tensor) -> Tensor | None:
+    """The rows that count, if they are so few that the others are better left out.
+
+    With many classes most rows have no other of theirs. A device is not asked.
+    """
+    if not _can_look_at(mass):
+        return None
+    few = mass.nonzero().squeeze(1)
+    return few if 0 < 2 * len(few) < len(mass) else None
 
 
 def _has_company(batch: Rows) -> Tensor:
