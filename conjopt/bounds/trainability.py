@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from conjopt.losses import potential_of
 from conjopt.losses.reading import PotentialOf, working_dtype
 from conjopt.measure.energy import per_sample_gradient_norms
+from conjopt.measure.graph_hooks import without_multi_grad_hooks
 from conjopt.measure.layers.tape import as_arguments
 from conjopt.measure.replay import Replay, refuse_reentrant
 from conjopt.measure.structure import (
@@ -265,7 +266,7 @@ def pl_bound(model: nn.Module, loss: nn.Module, inputs: Any, targets: Tensor) ->
     criterion = _Residuals(view, "pl_bound")
     args, kwargs = as_arguments(inputs)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with torch.enable_grad():
+    with torch.enable_grad(), without_multi_grad_hooks(parameters):
         outputs = Replay(model, args, kwargs, Replay.random_state(model)).run({})
         if len(outputs) != 1 or outputs[0] is None:
             raise ValueError(

@@ -15,6 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from conjopt.measure.energy import per_sample_gradient_norms
+from conjopt.measure.graph_hooks import without_multi_grad_hooks
 from conjopt.measure.layers.layout import Samples
 from conjopt.measure.layers.pieces import sample_gram
 from conjopt.measure.layers.tape import (
@@ -268,13 +269,14 @@ class Check:
             raise RuntimeError(f"its output has the shape {tuple(output.shape)}")
         gradients: list[dict[str, Tensor]] = []
         for cotangent in cotangents:
-            found = torch.autograd.grad(
-                output,
-                list(self.parameters.values()),
-                cotangent.unsqueeze(0),
-                retain_graph=True,
-                allow_unused=True,
-            )
+            with without_multi_grad_hooks(self.parameters.values()):
+                found = torch.autograd.grad(
+                    output,
+                    list(self.parameters.values()),
+                    cotangent.unsqueeze(0),
+                    retain_graph=True,
+                    allow_unused=True,
+                )
             gradients.append(
                 {n: g for n, g in zip(self.parameters, found, strict=True) if g is not None}
             )
@@ -325,9 +327,10 @@ class Check:
         """The batch's gradient, of these samples' outputs alone, is the sum of theirs."""
         only = torch.zeros_like(cotangent)
         only[rows] = cotangent[rows]
-        found = torch.autograd.grad(
-            outputs, list(self.parameters.values()), only, allow_unused=True
-        )
+        with without_multi_grad_hooks(self.parameters.values()):
+            found = torch.autograd.grad(
+                outputs, list(self.parameters.values()), only, allow_unused=True
+            )
         total = math.sqrt(sum(_square(g) for gradients in single for g in gradients[0].values()))
         wrong = []
         for name, gradient in zip(self.parameters, found, strict=True):
@@ -412,10 +415,11 @@ class Check:
             if output.numel() > MOST_OUTPUTS:
                 return
             parameters = list(self.parameters.values())
-            jacobian = [
-                torch.autograd.grad(f, parameters, retain_graph=True, materialize_grads=True)
-                for f in output.flatten()
-            ]
+            with without_multi_grad_hooks(parameters):
+                jacobian = [
+                    torch.autograd.grad(f, parameters, retain_graph=True, materialize_grads=True)
+                    for f in output.flatten()
+                ]
             J = torch.stack([torch.cat([g.flatten().double() for g in row]) for row in jacobian])
             expected.append(J @ J.T)
         try:

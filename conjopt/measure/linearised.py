@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from conjopt.losses import FenchelYoungLoss, potential_of
 from conjopt.measure.curvature import JacobianProduct
+from conjopt.measure.graph_hooks import without_multi_grad_hooks
 from conjopt.measure.krylov import Ritz, lanczos, norm
 from conjopt.measure.layers.pieces import Dense, Piece, squared_norms
 from conjopt.measure.layers.rules import pieces_of
@@ -124,10 +125,11 @@ class Linearised:
         """Return `J^T v`, `(P,)`, for `v` in the outputs' shape."""
         if not self._graph.requires_grad:
             return self.zero
-        with plain_kernels(self._model):
+        parameters = list(self._parameters.values())
+        with plain_kernels(self._model), without_multi_grad_hooks(parameters):
             products = torch.autograd.grad(
                 self._graph,
-                list(self._parameters.values()),
+                parameters,
                 v.to(self._graph.dtype),
                 retain_graph=True,
                 allow_unused=True,
@@ -135,7 +137,7 @@ class Linearised:
         return torch.cat(
             [
                 (torch.zeros_like(p) if product is None else product).flatten().to(self.zero.dtype)
-                for p, product in zip(self._parameters.values(), products, strict=True)
+                for p, product in zip(parameters, products, strict=True)
             ]
         )
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from conjopt.measure.energy import per_sample_gradient_norms
+from conjopt.measure.graph_hooks import without_multi_grad_hooks
 from conjopt.measure.layers.tape import as_arguments
 from conjopt.measure.replay import Replay, refuse_reentrant
 
@@ -351,7 +352,7 @@ def solved(
 def _gradient_square(model: nn.Module, loss: Any, inputs: Any, targets: Any) -> Tensor:
     args, kwargs = as_arguments(inputs)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with torch.enable_grad():
+    with torch.enable_grad(), without_multi_grad_hooks(parameters):
         (outputs,) = Replay(model, args, kwargs, Replay.random_state(model)).run({})
         assert outputs is not None
         refuse_reentrant([outputs])

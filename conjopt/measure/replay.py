@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves, tree_map
 
+from conjopt.measure.graph_hooks import without_multi_grad_hooks
 from conjopt.measure.shards import moved_in_place
 
 __all__ = ["RandomState", "Replay", "compiled_parts", "refuse_reentrant", "renormalised"]
@@ -136,7 +137,7 @@ class Replay:
             >>> bias
             tensor([4.])
         """
-        with torch.enable_grad(), _without_multi_grad_hooks(parameters.values()):
+        with torch.enable_grad(), without_multi_grad_hooks(parameters.values()):
             leaves = self.run(parameters)
             outputs: Sequence[Tensor] = [_present(leaves[place]) for place in cotangents]
             wanted = {name: p for name, p in parameters.items() if p.requires_grad}
@@ -239,32 +240,6 @@ def _uncached() -> Iterator[None]:
         yield
     finally:
         parametrize._cache_enabled = before
-
-
-@contextlib.contextmanager
-def _without_multi_grad_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """A context in which hooks of `register_multi_grad_hook` on parameters are off.
-
-    They fail under `torch.autograd.grad`, and only look; hooks on single gradients stay.
-    """
-    kept: list[tuple[dict[int, Any], dict[int, Any]]] = []
-    for parameter in parameters:
-        hooks = parameter._backward_hooks
-        if hooks and any(map(_looks_at_several, hooks.values())):
-            kept.append((hooks, dict(hooks)))
-            for number, hook in kept[-1][1].items():
-                if _looks_at_several(hook):
-                    del hooks[number]
-    try:
-        yield
-    finally:
-        for hooks, all_of_them in kept:  # in their order
-            hooks.clear()
-            hooks.update(all_of_them)
-
-
-def _looks_at_several(hook: Any) -> bool:
-    return getattr(hook, "__globals__", {}).get("__name__") == "torch.autograd.graph"
 
 
 def _cloned(leaf: Any) -> Any:

@@ -22,6 +22,9 @@ from torch.nn.modules import module as global_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from conjopt import bounds, diagnose, measure
+from conjopt.potentials import Softmax
+
 OPTIONS = {"warmup": 3, "measure_every": 4}
 
 
@@ -214,3 +217,41 @@ def test_gradients_that_a_node_changes_are_those_of_the_model(rule):
     train(twin, other, 8)
     for p, q in zip(model.parameters(), twin.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+MEASUREMENTS = {
+    "per_sample_gradient_norms": lambda m, c, x, y: measure.per_sample_gradient_norms(m, c, x, y),
+    "structure_matrix": lambda m, c, x, y: measure.structure_matrix(m, x),
+    "batch_structure_matrix": lambda m, c, x, y: measure.batch_structure_matrix(m, x),
+    "curvature_along": lambda m, c, x, y: measure.curvature_along(
+        m, Softmax(), x, {name: torch.ones_like(p) for name, p in m.named_parameters()}
+    ),
+    "top_curvature": lambda m, c, x, y: measure.top_curvature(m, Softmax(), x).value,
+    "top_structure": lambda m, c, x, y: measure.top_structure(m, x).value,
+    "gradient_noise": lambda m, c, x, y: measure.gradient_noise(m, c, x, y).noise,
+    "self_check": lambda m, c, x, y: measure.self_check(m, c, x, y),
+    "risk_sandwich": lambda m, c, x, y: bounds.risk_sandwich(m, c, x, y).lower,
+    "pl_bound": lambda m, c, x, y: bounds.pl_bound(m, c, x, y).gradient_square,
+    "diagnose": lambda m, c, x, y: str(diagnose(m, c, [(x, y)])),
+}
+
+
+@pytest.mark.parametrize("mode", ["all", "any"])
+@pytest.mark.parametrize("name", MEASUREMENTS)
+def test_measurements_leave_hooks_on_several_gradients_alone(name, mode):
+    def measured(hooked):
+        model, seen = network(), []
+        x, y = data(12)
+        if hooked:
+            register_multi_grad_hook(list(model.parameters()), seen.append, mode=mode)
+        found = MEASUREMENTS[name](model, nn.CrossEntropyLoss(), x, y)
+        assert not seen
+        nn.CrossEntropyLoss()(model(x), y).backward()
+        assert len(seen) == hooked
+        return found
+
+    expected, found = measured(False), measured(True)
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected)
+    else:
+        assert found == expected
