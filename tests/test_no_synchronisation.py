@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conjopt import ConjSGD
+from conjopt.report import History
 
 READS = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "is_nonzero", "_to_copy"}
 
@@ -35,6 +36,8 @@ class Spy(TorchDispatchMode):
         {"data_floor": 0.01},
         {"max_step": 0.1},
         {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)},
+        {"history": History()},
+        {"history": History(), "step_rule": "constant", "lr": 0.1},
     ],
     ids=str,
 )

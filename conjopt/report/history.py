@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import stat
+import weakref
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
@@ -71,6 +72,8 @@ class History:
             except BaseException:
                 self._file.close()
                 raise
+            # One that nobody closes, such as an optimizer's, is closed with what held it.
+            weakref.finalize(self, self._file.close)
 
     @property
     def records(self) -> list[dict[str, Value]]:
