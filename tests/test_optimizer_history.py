@@ -47,9 +47,9 @@ def test_a_record_is_the_status_of_its_step():
     assert record["data_floor"] == 0
     assert record["excess_loss"] == status.loss
     for name in (
-        "step_size limited_by slope curvature correlation gradient_energy noise_scale batch_size "
-        "recommended_batch_size skipped_steps"
-    ).split():
+        *("step_size", "limited_by", "slope", "curvature", "correlation", "gradient_energy"),
+        *("noise_scale", "batch_size", "recommended_batch_size", "skipped_steps"),
+    ):
         assert record[name] == getattr(status, name), name
     assert record["lr"] == 1
     assert record["lo"] is None  # not measured, which is not the same as no number
@@ -199,7 +199,7 @@ def test_what_is_no_history_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="is no history"):
         make(network(), history=tmp_path / "notes.txt")
-    with pytest.raises(OSError, match="notes.txt"):
+    with pytest.raises(OSError, match=r"notes\.txt"):
         make(network(), history=tmp_path / "notes.txt" / "history.jsonl")
 
 

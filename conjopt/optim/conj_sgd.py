@@ -91,9 +91,9 @@ class ConjSGD(Saved):
             sides of Thm 3.1; one record costs about what its set costs to evaluate twice in
             float64, and waits for the device.
         ledger_every: steps from one record to the next, from the first on.
-        history: a `conjopt.report.History`, or a path to make or append one at: `status` is recorded
-            on measuring steps and on some of those given up, under a rule that does not measure on
-            every ``measure_every``-th; on the first process only. A copy of the optimizer has none.
+        history: a `conjopt.report.History`, or the path of one: `status` is recorded on measuring
+            steps and on some of those given up, and on every ``measure_every``-th step of a rule
+            that does not measure; by the first process. A copy of the optimizer has none.
         process_group: of `torch.distributed`, whose ranks the gradients at ``step`` are a mean
             over; None for that of DistributedDataParallel, or a single process.
 

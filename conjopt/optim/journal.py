@@ -156,7 +156,7 @@ def of_status(status: Status) -> dict[str, Any]:
     return {
         "step": status.step,
         "limited_by": status.limited_by,
-        # NaN says of a status that something was not measured, and of a record that it is no number.
+        # NaN says of a status that something was not measured, and of a record that it is none.
         **{name: None if value != value else value for name, value in numbers.items()},
         "batch_size": status.batch_size,
         "recommended_batch_size": status.recommended_batch_size,
