@@ -21,6 +21,7 @@ VERSION = 1
 HEADER = json.dumps({"schema": SCHEMA, "version": VERSION}).encode() + b"\n"
 
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+NAMES = (b'nan"', b'inf"')  # in every line that has one of them
 
 BLOCK = 1 << 20  # bytes that are read at once
 LONGEST = 1 << 24  # bytes of a line; a history has none that long, and other files may
@@ -128,10 +129,11 @@ class Lines:
             records = []
         if len(records) != len(lines) or not all(type(record) is dict for record in records):
             records = [self._one(line, first + i) for i, line in enumerate(lines, start=1)]
-        for record in records:
-            for key, value in record.items():
-                if type(value) is str and value in NON_FINITE:
-                    record[key] = NON_FINITE[value]
+        if any(name in line for line in lines for name in NAMES):
+            for record in records:
+                for key, value in record.items():
+                    if type(value) is str and value in NON_FINITE:
+                        record[key] = NON_FINITE[value]
         return records
 
     def _one(self, line: bytes, number: int) -> dict[str, Value]:
