@@ -21,6 +21,7 @@ __all__ = ["CONDITION_STATES", "LABELS", "Digest", "Run", "digest", "run_file"]
 LABELS = ("run", "name", "model", "optimizer", "seed")  # what tells runs in one history apart
 FILES = ("history.jsonl", "metrics.jsonl")  # looked for in a folder, in this order
 CONDITION_STATES = ("unknown", "holds", "fails")
+MOST = 1e15  # of a step; what is more is none
 PARTS = 20  # times that the steps of a run go back before it is taken as it comes
 NONE = (None,) * len(LABELS)
 SERIES = 1000  # of all runs together; more are counted and left out
@@ -94,6 +95,7 @@ class Digest:
         runs: in order of appearance.
         cut: whether the file ends in the middle of a line.
         left_out: series that there were too many of.
+        latest: the run of the last record.
 
     Example:
         >>> found = Digest()
@@ -108,6 +110,7 @@ class Digest:
         self.records = 0
         self.cut = False
         self.left_out = 0
+        self.latest: Run | None = None
         self._runs: dict[tuple[Any, ...], list[Run]] = {}
         self._series = 0
 
@@ -130,6 +133,7 @@ class Digest:
             parts = self._runs.setdefault(labels, [_run(labels, 1)])
             of_run = list(group)
             steps = _numbers([record.get("step") for record in of_run])
+            steps[np.abs(steps) > MOST] = np.nan
             own = np.array(["limited_by" in record for record in of_run])
             start = 0
             for end in _breaks(steps, own, parts[-1].steps):
@@ -138,6 +142,7 @@ class Digest:
                     parts.append(_run(labels, len(parts) + 1))
                     start = end
             self._add(parts[-1], of_run[start:], steps[start:], own[start:])
+            self.latest = parts[-1]
 
     def _add(self, run: Run, records: list[Record], steps: Numbers, own: Any) -> None:
         if not records:

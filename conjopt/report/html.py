@@ -37,13 +37,24 @@ h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .25rem; }
 h2 { font-size: 1.15rem; margin: 0 0 .25rem; }
 h3 { font-size: .95rem; font-weight: 600; margin: 0 0 .15rem; }
 p { margin: 0 0 .75rem; max-width: 48rem; }
-header, section { margin-bottom: 1.5rem; }
+header { margin-bottom: 1.5rem; } section { margin-bottom: .75rem; }
 section > p, footer, .notes { color: var(--muted); }
 header ul { margin: .5rem 0 0; padding-left: 1.2rem; max-width: 60rem; }
-.charts { display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
+main, .charts { display: grid; gap: 1rem; align-items: start; grid-template-columns: 1fr; }
+main { column-gap: 1.5rem; grid-auto-flow: dense; }
+@media (min-width: 46rem) {
+  main, .n2 .charts, .n3 .charts, .n4 .charts { grid-template-columns: repeat(2, 1fr); }
+  .n2, .n3, .n4, .last { grid-column: span 2; } }
+@media (min-width: 70rem) {
+  main, .n3 .charts, .n4 .charts { grid-template-columns: repeat(3, 1fr); }
+  .n3, .n4, .last { grid-column: span 3; } }
+@media (min-width: 92rem) {
+  main, .n4 .charts { grid-template-columns: repeat(4, 1fr); }
+  .n4, .last { grid-column: span 4; } }
+section { min-width: 0; }
 figure { margin: 0; padding: .75rem; background: var(--card); border-radius: .5rem; min-width: 0; }
-figure > svg { display: block; width: 100%; max-width: 44rem; height: auto; }
+figure > svg { display: block; width: 100%; max-width: 40rem; height: auto;
+  overflow: visible; }
 svg text { font-size: 12px; fill: var(--muted); }
 .key { width: 34px; height: 12px; vertical-align: -1px; margin-right: .35rem; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: .1rem .9rem; margin: .35rem 0 0;
@@ -52,7 +63,7 @@ svg text { font-size: 12px; fill: var(--muted); }
 .grid { stroke: var(--grid); stroke-width: 1; }
 .axis { stroke: var(--axis); stroke-width: 1; }
 .l { fill: none; stroke-width: 1.7; stroke-linejoin: round; stroke-linecap: round; }
-.faint { stroke-width: 1.1; opacity: .6; }
+.faint { stroke-width: 1.1; opacity: .75; }
 .m { stroke: var(--card); stroke-width: .7; }
 .bad { fill: none; stroke: var(--ink); stroke-width: 1.5; }
 .unknown { fill: var(--axis); } .holds { fill: var(--holds); } .fails { fill: var(--fails); }
@@ -65,8 +76,13 @@ svg text { font-size: 12px; fill: var(--muted); }
 .table { overflow-x: auto; } .table:focus-visible { outline: 2px solid var(--c0); }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid var(--grid);
-  vertical-align: top; }
-th { font-weight: 600; } .last td, .last th { overflow-wrap: anywhere; }
+  vertical-align: top; white-space: nowrap; }
+th, dt { font-weight: 600; }
+dl { margin: 0; display: grid; column-gap: 1.5rem; font-size: .9rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); }
+dl div { display: flex; justify-content: space-between; gap: 1rem; padding: .2rem 0;
+  border-bottom: 1px solid var(--grid); }
+dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums; }
 """
 
 
@@ -100,7 +116,7 @@ def write_html(
         ...     history.record(step=step, loss=1 / step, step_size=0.1)
         >>> write_html(history, history.path.with_name("report.html"))
         >>> page = history.path.with_name("report.html").read_text(encoding="utf-8")
-        >>> page.count("<svg viewBox"), "http" in page
+        >>> page.count("<svg viewBox"), "://" in page
         (2, False)
     """
     path = history.path if isinstance(history, History) else history
@@ -139,8 +155,9 @@ def page(found: Digest, title: str) -> str:
             "records by <code>ConjSGD(..., history=...)</code>, and any loop by "
             "<code>history.record(step=..., loss=...)</code>.</p></section>"
         )
+    parts.append("<main>")
     parts += [_panel(panel) for panel in shown]
-    parts.append(_table(found.runs))
+    parts += [_table(found.runs), "</main>"]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -183,7 +200,7 @@ def write(text: str, path: Path) -> None:
 
 
 def _header(found: Digest, title: str) -> str:
-    told = "".join(f"<li>{clean(sentence)}</li>" for sentence in sentences(found))
+    told = "".join(f"<li>{clean(sentence)}</li>" for sentence in sentences(found, each=False))
     return f"<header><h1>{clean(title)}</h1><ul>{told}</ul></header>"
 
 
@@ -193,7 +210,8 @@ def _panel(panel: Panel) -> str:
         for i, one in enumerate(panel.charts)
     )
     return (
-        f'<section id="{panel.name}" aria-labelledby="{panel.name}-h">'
+        f'<section class="n{min(len(panel.charts), 4)}" id="{panel.name}" '
+        f'aria-labelledby="{panel.name}-h">'
         f'<h2 id="{panel.name}-h">{clean(panel.title)}</h2><p>{clean(panel.text)}</p>'
         f'<div class="charts">{figures}</div></section>'
     )
@@ -257,13 +275,13 @@ def _table(runs: list[Run]) -> str:
         return ""
     if len(runs) == 1:
         rows = "".join(
-            f'<tr><th scope="row">{clean(label(key) if "/" not in key else key)}</th>'
-            f"<td>{_cell(value)}</td></tr>"
+            f"<div><dt>{clean(label(key) if '/' not in key else key)}</dt>"
+            f"<dd>{_cell(value)}</dd></div>"
             for key, value in runs[0].latest.items()
         )
         return (
             '<section class="last" aria-labelledby="last-h"><h2 id="last-h">The last values</h2>'
-            f"<table>{rows}</table></section>"
+            f"<dl>{rows}</dl></section>"
         )
     keys = [*LOSSES, "test_accuracy", "step_size", "limited_by", "skipped_steps"]
     keys = [key for key in keys if any(key in run.latest for run in runs)]
@@ -276,7 +294,7 @@ def _table(runs: list[Run]) -> str:
         for run in runs
     )
     return (
-        '<section aria-labelledby="last-h"><h2 id="last-h">The last values</h2>'
+        '<section class="last" aria-labelledby="last-h"><h2 id="last-h">The last values</h2>'
         '<div class="table" tabindex="0" role="region" aria-labelledby="last-h"><table>'
         f'<tr><th scope="col">run</th><th scope="col">records</th><th scope="col">last step</th>'
         f"{head}</tr>{rows}</table></div></section>"

@@ -11,6 +11,7 @@ from conjopt.report.series import Series
 
 __all__ = ["Chart", "Line", "Panel", "label", "panels"]
 
+WIDE = 300  # ratio of numbers from which on a logarithmic axis is better
 OTHERS = 12  # charts of quantities that no panel knows
 
 LABELS = {
@@ -115,17 +116,21 @@ class _Plan:
 
     title: str
     keys: tuple[str, ...]
-    log: bool = True
+    log: bool | None = True  # None for what the numbers ask for
     alone: tuple[str, ...] = ()  # of these there has to be one
 
 
-PLANS: tuple[tuple[str, str, str, tuple[_Plan, ...]], ...] = (
+# Name, title, sentences for the quantities that are there ("" for any), charts.
+PLANS: tuple[tuple[str, str, dict[str, str], tuple[_Plan, ...]], ...] = (
     (
         "loss",
         "Loss and data floor",
-        "The loss in the criterion's units, and the floor below which the data do not let it fall "
-        "(Thm 1.3). The running mean is per sample and counted from the floor: it is what the step "
-        "size goes by.",
+        {
+            "": "How far the training has come, in the units of the criterion.",
+            "data_floor": "The data do not let the loss fall below the floor (Thm 1.3).",
+            "excess_loss": "The running mean is per sample and counted from the floor: it is what "
+            "the step size goes by.",
+        },
         (
             _Plan(
                 "loss",
@@ -137,18 +142,24 @@ PLANS: tuple[tuple[str, str, str, tuple[_Plan, ...]], ...] = (
     (
         "step",
         "Step size and what limits it",
-        "The step is the least of its limits, times lr: the edge step, slope over curvature "
-        "(Thm 3.2); the Polyak cap, loss over slope (Thm 3.5); the trust region, which bounds the "
-        "change of the outputs (Thm 3.6). Marks show which limit set the step, faint lines the "
-        "limits themselves.",
+        {
+            "": "How far a step goes along its direction.",
+            "limits": "It is the least of its limits, times lr: the edge step, slope over "
+            "curvature (Thm 3.2); the Polyak cap, loss over slope (Thm 3.5); the trust region, "
+            "which bounds the change of the outputs (Thm 3.6). Marks show which limit set the "
+            "step, faint lines the limits themselves.",
+        },
         (_Plan("step size", ("step_size",)),),
     ),
     (
         "curvature",
         "Slope and curvature",
-        "How steep the loss is along the step, on samples that the direction was not made from and "
-        "on those that it was, and how fast the slope changes (Thm 2.6, Thm 3.2). A held-out slope "
-        "far below the batch's own means that steps follow noise.",
+        {
+            "": "How steep the loss is along the step, and how fast that changes (Thm 2.6, "
+            "Thm 3.2).",
+            "slope": "The held-out slope is on samples that the direction was not made from: far "
+            "below the batch's own, steps follow noise.",
+        },
         (
             _Plan("slope", ("slope", "raw_slope")),
             _Plan("curvature", ("curvature", "top_curvature")),
@@ -157,9 +168,13 @@ PLANS: tuple[tuple[str, str, str, tuple[_Plan, ...]], ...] = (
     (
         "correlation",
         "Gradient correlation and batch size",
-        "The correlation is the share of the slope that is no noise (Thm 3.2): near 0 the batches "
-        "pull apart. The noise scale is the batch size at which signal and noise are equal "
-        "(Thm 3.3); batches far below it are mostly noise.",
+        {
+            "correlation": "The correlation is the share of the slope that is no noise (Thm 3.2): "
+            "near 0 the batches pull apart.",
+            "batch_size": "Samples in a batch.",
+            "noise_scale": "The noise scale is the batch size at which signal and noise are equal "
+            "(Thm 3.3); batches far below it are mostly noise.",
+        },
         (
             _Plan("gradient correlation", ("correlation",), log=False),
             _Plan(
@@ -172,9 +187,11 @@ PLANS: tuple[tuple[str, str, str, tuple[_Plan, ...]], ...] = (
     (
         "sandwich",
         "The sandwich: energy, lo and hi",
-        "The gradient energy over hi bounds the risk from below and over lo from above (Thm 2.3), "
-        "so small gradients mean a small risk only where lo stays away from 0. lo and hi are the "
-        "extreme eigenvalues of the structure matrices.",
+        {
+            "": "The gradient energy bounds the risk from below by way of hi, and from above by "
+            "way of lo (Thm 2.3): small gradients mean a small risk where lo stays away from 0.",
+            "lo": "lo and hi are the extreme eigenvalues of the structure matrices.",
+        },
         (
             _Plan("loss between its bounds", ("upper", "risk", "lower"), alone=("upper", "lower")),
             _Plan("eigenvalues", ("hi", "lo")),
@@ -213,24 +230,42 @@ def panels(found: Digest) -> list[Panel]:
     """
     made = []
     styles = {style: i for i, style in enumerate(dict.fromkeys(run.style for run in found.runs))}
-    for name, title, text, plans in PLANS:
+    there = {key for run in found.runs for key in run.series}
+    if len(found.runs) == 1 and any(key.startswith("limits/") for key in there):
+        there.add("limits")
+    for name, title, texts, plans in PLANS:
         charts = [chart for plan in plans for chart in _charts(plan, found.runs, styles)]
         if charts:
+            text = " ".join(t for key, t in texts.items() if not key or key in there)
             made.append(Panel(name, title, text, tuple(charts)))
     if bands := _bands(found.runs):
         made.append(Panel(*CONDITIONS, bands))
     known = {key for plans in PLANS for plan in plans[3] for key in plan.keys}
     every = dict.fromkeys(key for run in found.runs for key in run.series)
+    known.add("epoch")  # another name of the step
     rest = [k for k in every if k not in known and not k.startswith(("limits/", "conditions/"))]
+    constant = {key: value for key in rest if (value := _constant(key, found.runs)) is not None}
+    rest = [key for key in rest if key not in constant]
     others = [
         chart
         for key in rest[:OTHERS]
-        for chart in _charts(_Plan(label(key), (key,)), found.runs, styles)
+        for chart in _charts(_Plan(label(key), (key,), log=None), found.runs, styles)
     ]
     if others:
         more = f" {len(rest) - OTHERS} more were left out." if len(rest) > OTHERS else ""
+        same = ", ".join(f"{label(key)} {value:.4g}" for key, value in constant.items())
+        more += f" The same throughout: {same}." if same else ""
         made.append(Panel(*OTHER[:2], OTHER[2] + more, tuple(others)))
     return made
+
+
+def _constant(key: str, runs: list[Run]) -> float | None:
+    """The value of a quantity that is the same in all records of all runs."""
+    of_key = [run.series[key] for run in runs if key in run.series]
+    y = np.concatenate([series.y for series in of_key])
+    if any(series.bad for series in of_key) or sum(series.count for series in of_key) < 2:
+        return None
+    return float(y[0]) if (y == y[0]).all() else None
 
 
 def _charts(plan: _Plan, runs: list[Run], styles: dict[str, int]) -> list[Chart]:
@@ -275,11 +310,13 @@ def _charts(plan: _Plan, runs: list[Run], styles: dict[str, int]) -> list[Chart]
     return made
 
 
-def _chart(title: str, lines: list[Line], log: bool, x: str) -> Chart:
+def _chart(title: str, lines: list[Line], log: bool | None, x: str) -> Chart:
     """With a logarithmic axis where that shows most of the numbers, and only what it can show."""
     values = [line.series.y for line in lines if line.style >= 0]
     every = np.concatenate(values) if values else np.empty(0)
     positive = every > 0
+    if log is None:
+        log = bool(every.size and positive.all() and every.max() / WIDE > every.min())
     log = log and bool(positive.any()) and bool(positive.mean() >= 0.5)
     if not log:
         return Chart(title, tuple(lines), False, x)

@@ -121,8 +121,11 @@ class Series:
 def thinned(index: Numbers, y: Numbers, points: int) -> NDArray[np.intp]:
     """Which of many numbers to keep: of each stretch the least, the greatest and the last.
 
+    The length of stretches is a power of two, so that what was thinned before loses nothing when it
+    is thinned again, until the stretches double.
+
     Args:
-        index: (n,) increasing; stretches are of equal length in it.
+        index: (n,) increasing, from 0 on; stretches are of equal length in it.
         y: (n,) finite.
         points: to keep at most, and more than 2.
 
@@ -133,9 +136,10 @@ def thinned(index: Numbers, y: Numbers, points: int) -> NDArray[np.intp]:
         >>> thinned(np.arange(8.0), np.array([5.0, 1, 2, 9, 3, 4, 0, 6]), 6)
         array([1, 3, 6, 7])
     """
-    stretches = points // 3
-    first, last = index[0], index[-1]
-    of = ((index - first) * (stretches / (last - first + 1))).astype(np.intp)
+    length = 1
+    while index[-1] >= length * (points // 3):
+        length *= 2
+    of = (index // length).astype(np.intp)
     starts = np.flatnonzero(np.diff(of, prepend=-1))
     order = np.lexsort((y, of))  # within each stretch by value
     ends = np.append(starts[1:], len(y)) - 1

@@ -77,7 +77,7 @@ def chart(what: Chart, name: str) -> str:
             f"{number(tick)}</text>"
             for tick in _nice(*span, 5)
         ),
-        f'<text x="{WIDTH - RIGHT}" y="{height - 2}" text-anchor="end">{clean(what.x)}</text>',
+        f'<text x="{WIDTH - RIGHT}" y="{height - 4}" text-anchor="end">{clean(what.x)}</text>',
     ]
     described = "; ".join(_describe(line, what.bands) for line in lines[:12])
     return (
@@ -277,7 +277,11 @@ def _scale(
         placed: Numbers = HEIGHT - BOTTOM - at / (high - low) * (HEIGHT - BOTTOM - TOP)
         return placed
 
-    return to_y, _decades(low, high) if log else [t * size for t in _nice(low, high, 5)]
+    if log:
+        return to_y, _decades(low, high)
+    if all(map(math.isfinite, (low * size, high * size, (high - low) * size))):
+        return to_y, _nice(low * size, high * size, 5)
+    return to_y, [t * size for t in _nice(low, high, 5)]
 
 
 def _nice(low: float, high: float, about: int) -> list[float]:

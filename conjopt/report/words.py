@@ -12,11 +12,12 @@ LOSSES = ("loss", "train_loss", "excess_loss", "test_loss")
 BAD = {"nan": "NaN", "inf": "infinite", "-inf": "minus infinite"}
 
 
-def sentences(found: Digest) -> list[str]:
+def sentences(found: Digest, *, each: bool = True) -> list[str]:
     r"""What a person should know first.
 
     Args:
         found: of the history.
+        each: whether each of several runs gets a sentence, which a table may give as well.
 
     Returns:
         sentences, at least one.
@@ -42,8 +43,9 @@ def sentences(found: Digest) -> list[str]:
         named = f" of {run.name}" if run.name else ""
         return [f"{count}{named}, {where}.", *_of_run(run), *_of_file(found)]
     told = [f"{count} of {len(runs)} runs."]
-    told += [f"{run.name or 'unnamed'}: {headline(run)}." for run in runs[:RUNS]]
-    if len(runs) > RUNS:
+    if each:
+        told += [f"{run.name or 'unnamed'}: {headline(run)}." for run in runs[:RUNS]]
+    if each and len(runs) > RUNS:
         told.append(f"And {len(runs) - RUNS} more runs.")
     for run in runs:
         told += [f"{run.name or 'unnamed'}: {trouble}" for trouble in _troubles(run)][:4]
