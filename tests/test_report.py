@@ -331,6 +331,14 @@ def test_the_sentences_of_a_run():
     ]
 
 
+def test_a_condition_that_holds_again_has_failed():
+    states = ["fails", "fails", "holds", "holds"]
+    found = of([record(i, **{"conditions/C1": s}) for i, s in enumerate(states, start=1)])
+    told = sentences(found)
+    assert "C1 failed in 2 records, and holds since step 3." in told
+    assert "No condition of Thm 3.1 fails now; unknown: C2." in told
+
+
 def test_the_sentences_of_several_runs():
     found = of([{"run": name, "step": 3, "loss": 0.5} for name in ("a", "b")])
     assert sentences(found) == [
@@ -374,7 +382,7 @@ def test_a_missing_matplotlib_names_the_extra(monkeypatch):
     st.lists(
         st.dictionaries(
             st.sampled_from(["step", "loss", "step_size", "limited_by", "run", "mine", NASTY])
-            | st.sampled_from(["limits/edge", "conditions/C1", "correlation", "conditions/x"]),
+            | st.sampled_from(["limits/edge", "conditions/C1", "skipped_steps", "conditions/x"]),
             st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
         ),
         max_size=8,
@@ -499,7 +507,7 @@ def test_a_line_does_not_run_on_over_what_is_no_number():
     page = page_module.page(of([{"step": i, "loss": v} for i, v in enumerate(losses)]), "run")
     (line,) = re.findall(r'<path class="l s0 d0" d="([^"]*)"/><circle', page)
     assert line.count("M") == 2
-    assert "not a number: loss of the batch in 1 records" in page
+    assert "not a number: loss of the batch in 1 record<" in page
 
 
 def test_short_failures_of_a_condition_stay_to_be_seen():

@@ -11,7 +11,7 @@ from pathlib import Path
 from conjopt.report.digest import Digest, run_file
 from conjopt.report.html import page, run_name, write
 from conjopt.report.lines import Lines
-from conjopt.report.words import headline, sentences
+from conjopt.report.words import counted, headline, sentences
 
 __all__ = ["ReportError", "run"]
 
@@ -92,8 +92,7 @@ def _follow(lines: Lines, found: Digest, html: Path | None) -> None:
             if found.records > before and found.latest is not None:
                 latest = found.latest
                 named = f"{latest.name}: " if latest.name else ""
-                more = found.records - before
-                _say(f"{named}{headline(latest)}; {more:,} new record{'s' if more > 1 else ''}")
+                _say(f"{named}{headline(latest)}; {counted(found.records - before, 'new record')}")
                 _write(found, path, html)
     finally:
         lines.close()

@@ -13,7 +13,7 @@ from conjopt.report.digest import Digest, Run, digest, run_file
 from conjopt.report.history import History
 from conjopt.report.panels import Chart, Panel, label, panels
 from conjopt.report.svg import BAD, bad_mark, chart, clean, mark, number, sample
-from conjopt.report.words import LOSSES, sentences
+from conjopt.report.words import LOSSES, counted, sentences
 
 __all__ = ["page", "write", "write_html"]
 
@@ -82,7 +82,7 @@ dl { margin: 0; display: grid; column-gap: 1.5rem; font-size: .9rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); }
 dl div { display: flex; justify-content: space-between; gap: 1rem; padding: .2rem 0;
   border-bottom: 1px solid var(--grid); }
-dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums; }
+dd { margin: 0; flex: none; max-width: 60%; text-align: right; font-variant-numeric: tabular-nums; }
 """
 
 
@@ -205,10 +205,7 @@ def _header(found: Digest, title: str) -> str:
 
 
 def _panel(panel: Panel) -> str:
-    figures = "".join(
-        _figure(one, f"{panel.name}-{i}", alone=len(panel.charts) == 1)
-        for i, one in enumerate(panel.charts)
-    )
+    figures = "".join(_figure(one, f"{panel.name}-{i}") for i, one in enumerate(panel.charts))
     return (
         f'<section class="n{min(len(panel.charts), 4)}" id="{panel.name}" '
         f'aria-labelledby="{panel.name}-h">'
@@ -217,16 +214,10 @@ def _panel(panel: Panel) -> str:
     )
 
 
-def _figure(one: Chart, name: str, alone: bool) -> str:
-    heading = "" if alone and not one.bands else f"<h3>{clean(one.title)}</h3>"
+def _figure(one: Chart, name: str) -> str:
     scale = " (logarithmic)" if one.log else ""
-    if heading and scale:
-        heading = heading.replace("</h3>", f"{scale}</h3>")
-    elif scale:
-        heading = f"<h3>{clean(one.title)}{scale}</h3>"
-    notes = [*one.notes, *_bad_notes(one)]
-    noted = "".join(f'<p class="notes">{note}</p>' for note in notes)
-    return f"<figure>{heading}{chart(one, name)}{_legend(one)}{noted}</figure>"
+    notes = "".join(f'<p class="notes">{note}</p>' for note in [*map(clean, one.notes), *_bad(one)])
+    return f"<figure><h3>{clean(one.title)}{scale}</h3>{chart(one, name)}{_legend(one)}{notes}</figure>"
 
 
 def _legend(one: Chart) -> str:
@@ -256,11 +247,11 @@ def _legend(one: Chart) -> str:
     return '<ul class="legend">' + "".join(f"<li>{item}</li>" for item in items) + "</ul>"
 
 
-def _bad_notes(one: Chart) -> list[str]:
+def _bad(one: Chart) -> list[str]:
     notes = []
     for kind, words in BAD.items():
         names = [
-            f"{clean(line.name)} in {line.series.bad[kind]:,} records"
+            f"{clean(line.name)} in {counted(line.series.bad[kind], 'record')}"
             for line in one.lines
             if kind in line.series.bad
         ]

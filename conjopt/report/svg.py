@@ -142,7 +142,11 @@ def _lines(what: Chart, lines: Sequence[Line], span: tuple[float, float]) -> lis
     for line in lines:
         for kind in line.series.bad:
             at = HEIGHT - BOTTOM - 5 if kind == "-inf" else TOP - 7
-            drawn += [bad_mark(kind, _x(x, span), at) for x in line.series.bad_places(kind)[:60]]
+            before = -math.inf
+            for x in sorted(_to_x(line.series.bad_places(kind), span)):
+                if x - before >= 8:  # or they would be a blob
+                    drawn.append(bad_mark(kind, x, at))
+                    before = x
     return drawn
 
 

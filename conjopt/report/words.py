@@ -5,7 +5,7 @@ from __future__ import annotations
 from conjopt.report.digest import Digest, Run
 from conjopt.report.panels import label
 
-__all__ = ["headline", "sentences"]
+__all__ = ["counted", "headline", "sentences"]
 
 RUNS = 24  # that get a line of their own
 LOSSES = ("loss", "train_loss", "excess_loss", "test_loss")
@@ -36,7 +36,7 @@ def sentences(found: Digest, *, each: bool = True) -> list[str]:
     if not found.records:
         return ["No records yet.", *_of_file(found)]
     runs = found.runs
-    count = f"{found.records:,} record{'s' if found.records > 1 else ''}"
+    count = counted(found.records, "record")
     if len(runs) == 1:
         (run,) = runs
         where = f"{run.x}s {run.first:,.0f} to {run.last:,.0f}"
@@ -50,6 +50,16 @@ def sentences(found: Digest, *, each: bool = True) -> list[str]:
     for run in runs:
         told += [f"{run.name or 'unnamed'}: {trouble}" for trouble in _troubles(run)][:4]
     return told + _of_file(found)
+
+
+def counted(number: int, thing: str) -> str:
+    """How many of a thing.
+
+    Example:
+        >>> counted(1, "record"), counted(2000, "record")
+        ('1 record', '2,000 records')
+    """
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
 def headline(run: Run) -> str:
@@ -97,16 +107,24 @@ def _of_run(run: Run) -> list[str]:
 
 def _troubles(run: Run) -> list[str]:
     told = []
-    if skipped := run.value("skipped_steps"):
-        told.append(f"{skipped:,} steps were skipped: something was not finite.")
+    skipped = run.value("skipped_steps")
+    if isinstance(skipped, int) and skipped > 0:
+        was = "was" if skipped == 1 else "were"
+        told.append(f"{counted(skipped, 'step')} {was} skipped: something was not finite.")
     unknown = [label(k) for k, c in run.conditions.items() if c.state == "unknown"]
     failing = [(label(k), c) for k, c in run.conditions.items() if c.state == "fails"]
     told += [f"{name} fails since {run.x} {c.since:,.0f}." for name, c in failing]
+    told += [
+        f"{label(k)} failed in {counted(c.failed, 'record')}, and {c.state} since {run.x} "
+        f"{c.since:,.0f}."
+        for k, c in run.conditions.items()
+        if c.failed and c.state == "holds"
+    ]
     if run.conditions and not failing:
         which = f"; unknown: {', '.join(sorted(unknown))}" if unknown else ""
         told.append(f"No condition of Thm 3.1 fails now{which}.")
     told += [
-        f"{label(key).capitalize()} was {BAD[kind]} in {count:,} record{'s' if count > 1 else ''}, "
+        f"{label(key).capitalize()} was {BAD[kind]} in {counted(count, 'record')}, "
         f"first at {run.x} {series.bad_places(kind)[0]:,.0f}."
         for key, series in run.series.items()
         for kind, count in series.bad.items()
