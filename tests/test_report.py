@@ -464,7 +464,9 @@ def test_text_of_records_is_text_on_the_page():
         {"step": 2, "loss": 0.5, NASTY: 2.5, f"limits/{NASTY}": 0.1, f"conditions/{NASTY}": NASTY},
         {"step": 3, "note": "\x1b[31m\0\ud800"},
     ]
-    for some in (records, [r | {"run": i} for i, r in enumerate(records)]):
+    apart = [{"run": NASTY, "loss": 0.0}, {"run": "b", "loss": 1.0}, {"run": "b", "loss": 2.0}]
+    assert "is 0 throughout" in page_module.page(of(apart), "in a note as well")
+    for some in (records, [r | {"run": i} for i, r in enumerate(records)], apart):
         page = checked(page_module.page(of(some), NASTY))
         assert "<script" not in page
         assert "&lt;script&gt;alert" in page

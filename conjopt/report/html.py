@@ -217,7 +217,8 @@ def _panel(panel: Panel) -> str:
 def _figure(one: Chart, name: str) -> str:
     scale = " (logarithmic)" if one.log else ""
     notes = "".join(f'<p class="notes">{note}</p>' for note in [*map(clean, one.notes), *_bad(one)])
-    return f"<figure><h3>{clean(one.title)}{scale}</h3>{chart(one, name)}{_legend(one)}{notes}</figure>"
+    drawn = f"<h3>{clean(one.title)}{scale}</h3>{chart(one, name)}{_legend(one)}"
+    return f"<figure>{drawn}{notes}</figure>"
 
 
 def _legend(one: Chart) -> str:
