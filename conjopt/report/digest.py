@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import operator
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -126,7 +127,11 @@ class Digest:
             records: in order.
         """
         self.records += len(records)
-        for labels, group in itertools.groupby(records, _labels):
+        keys = set(itertools.chain.from_iterable(set(map(tuple, records))))
+        groups: Iterable[tuple[tuple[Any, ...], Iterable[Record]]] = [(NONE, records)]
+        if not keys.isdisjoint(LABELS):
+            groups = itertools.groupby(records, _labels)
+        for labels, group in groups:
             if labels not in self._runs and len(self._runs) * len(LABELS) > SERIES:
                 self.left_out += 1
                 continue
@@ -134,7 +139,9 @@ class Digest:
             of_run = list(group)
             steps = _numbers([record.get("step") for record in of_run])
             steps[np.abs(steps) > MOST] = np.nan
-            own = np.array(["limited_by" in record for record in of_run])
+            own = np.zeros(len(of_run), dtype=bool)
+            if "limited_by" in keys:
+                own = np.array(["limited_by" in record for record in of_run])
             start = 0
             for end in _breaks(steps, own, parts[-1].steps):
                 if len(parts) < PARTS and (end or parts[-1].records):
@@ -287,8 +294,6 @@ def run_file(path: str | os.PathLike[str]) -> Path:
 def _labels(record: Record) -> tuple[Any, ...]:
     labels = tuple(map(record.get, LABELS))
     # Numbers and text; whatever else a file that was changed may hold is told apart by its text.
-    if labels == NONE:
-        return NONE
     return tuple(v if type(v) in (str, int, float, bool, type(None)) else str(v) for v in labels)
 
 
@@ -302,10 +307,9 @@ def _run(labels: tuple[Any, ...], part: int) -> Run:
 
 def _columns(records: list[Record]) -> dict[str, Sequence[Value]]:
     """Key to the values of all records; None where one lacks it."""
-    keys = list({tuple(record): None for record in records})
-    if len(keys) == 1:  # the usual case, and then much faster
-        columns = zip(*[record.values() for record in records], strict=True)
-        return dict(zip(keys[0], columns, strict=True))
+    keys = list(dict.fromkeys(map(tuple, records)))
+    if len(keys) == 1:  # the usual case, and then faster
+        return {key: list(map(operator.itemgetter(key), records)) for key in keys[0]}
     every = dict.fromkeys(itertools.chain.from_iterable(keys))
     return {key: [record.get(key) for record in records] for key in every}
 
