@@ -233,6 +233,14 @@ def test_a_million_records_are_read_in_bounded_memory(tmp_path):
     assert "between 1 and 100" in page
 
 
+def test_records_one_by_one_are_taken_in_blocks(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(Digest, "add", lambda self, records: sizes.append(len(records)))
+    digest({"step": step} for step in range(10_000))
+    assert sum(sizes) == 10_000
+    assert max(sizes) < 5000
+
+
 # Files
 
 

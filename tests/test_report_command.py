@@ -39,12 +39,13 @@ def test_a_run_is_summed_up_and_nothing_is_written(name, tmp_path, capsys):
 
 
 def test_the_page_is_written_and_replaced(tmp_path, capsys):
-    path, page = write(tmp_path / "history.jsonl", [1]), tmp_path / "page ü.html"
+    path = write(tmp_path / "history.jsonl", [1])
+    page = tmp_path / ("page ü" + "x" * 240 + ".html")  # as long as a name may be
     page.write_text("the one before")
     assert main(["report", str(path), "--html", str(page)]) == 0
     assert f"The page is {page}." in capsys.readouterr().out
     assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
-    assert {p.name for p in tmp_path.iterdir()} == {"history.jsonl", "page ü.html"}
+    assert {p.name for p in tmp_path.iterdir()} == {"history.jsonl", page.name}
 
 
 def test_orders_to_the_terminal_are_not_passed_on(tmp_path, capsys):
@@ -121,6 +122,8 @@ def test_a_page_that_cannot_be_written_is_one_line_and_no_half_of_it(tmp_path, c
         (path / "below.html", "Not a directory"),
         (tmp_path / "nowhere" / "page.html", "No such file"),
         (tmp_path / "folder", "Is a directory"),
+        (Path("."), "Is a directory"),
+        (Path(".."), "Is a directory"),
     ):
         error = refused([path, "--html", page], capsys, status=1)
         assert f"{page}: {why}" in error

@@ -23,6 +23,7 @@ LABELS = ("run", "name", "model", "optimizer", "seed")  # what tells runs in one
 FILES = ("history.jsonl", "metrics.jsonl")  # looked for in a folder, in this order
 CONDITION_STATES = ("unknown", "holds", "fails")
 MOST = 1e15  # of a step; what is more is none
+BLOCK = 4096  # records that are taken in at once
 PARTS = 20  # times that the steps of a run go back before it is taken as it comes
 NONE = (None,) * len(LABELS)
 SERIES = 1000  # of all runs together; more are counted and left out
@@ -250,7 +251,9 @@ def digest(
                 found.add(block)
             found.cut = lines.cut
         return found
-    found.add([dict(record) for record in source])
+    records = iter(source)
+    while some := [dict(record) for record in itertools.islice(records, BLOCK)]:
+        found.add(some)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterable
@@ -186,10 +187,12 @@ def write(text: str, path: Path) -> None:
     content = text.encode("utf-8", "replace")
     with contextlib.suppress(FileNotFoundError):
         mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+        if not stat.S_ISREG(mode):
             path.write_bytes(content)  # a pipe or a device, which is not to be replaced
             return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".conjopt-{os.getpid()}.tmp")  # whatever the length of its name
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
