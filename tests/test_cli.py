@@ -207,7 +207,7 @@ def test_the_demo_leaves_records_a_summary_and_a_picture(tmp_path, capsys, tiny)
     assert (out / "plot.png").read_bytes().startswith(PNG)
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "84 records of 12 runs." in page
-    assert "mlp, ConjSGD, seed 1: training loss" in page
+    assert "mlp, ConjSGD, seed 1" in page
 
     records = History.read(out / "metrics.jsonl")
     runs = {}
