@@ -19,16 +19,30 @@ USAGE = 2  # wrong arguments, an extra that is not installed, a folder that cann
 INTERRUPTED = 130  # 128 + SIGINT
 BROKEN_PIPE = 141  # 128 + SIGPIPE, as for any command that `head` cuts off
 
-DESCRIPTION = """\
+DEMO = """\
 Train an MLP and a small CNN on scikit-learn's bundled digits by ConjSGD at its defaults, by
 SGD(momentum 0.9, lr 0.1) and by AdamW(lr 3e-3), from the same initialisations and on the same
 batches, and print what each of them reached and at what cost.
 """
 
-EPILOG = """\
+DEMO_EPILOG = """\
 exit status: 0 done; 1 a file or the standard output could not be written; 2 wrong usage, a missing
 extra or an unusable --out; 130 interrupted (Ctrl-C); 141 the reader of the standard output went
 away; 143 terminated. Whatever ends the command, metrics.jsonl holds what was recorded until then.
+"""
+
+
+REPORT = """\
+Say in a few sentences where a run stands: its loss, its step size and what limits it, steps that
+were skipped, conditions that fail, and numbers that are not finite. RUN is a history that
+ConjSGD(..., history=...) or conjopt.report.History wrote, or a folder that holds history.jsonl,
+metrics.jsonl or one other *.jsonl.
+"""
+
+REPORT_EPILOG = """\
+exit status: 0 done; 1 the page or the standard output could not be written; 2 wrong usage, or RUN
+is no history; 130 interrupted (Ctrl-C, as ends --follow); 141 the reader of the standard output
+went away. A page appears whole or not at all.
 """
 
 
@@ -39,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the command's name; those of the process if None.
 
     Returns:
-        the exit status: 0 done, 1 output could not be written, 2 wrong usage, a missing extra or
-        an unusable folder, 130 interrupted, 141 the reader of the standard output went away, 143
-        terminated.
+        the exit status: 0 done, 1 output could not be written, 2 wrong usage, a missing extra, an
+        unusable folder or no history, 130 interrupted, 141 the reader of the standard output went
+        away, 143 terminated.
 
     Example:
         >>> main(["demo", "--epochs", "0"])
@@ -70,16 +84,30 @@ def _folder(text: str) -> Path:
     return Path(text)
 
 
+def _file(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("expected a file, got nothing; use report.html, say")
+    return Path(text)
+
+
 def _run(arguments: list[str]) -> int:
     try:
         options = _parser().parse_args(arguments)
     except SystemExit as end:  # after --help and --version too
         return int(end.code or 0)
     # Imported here, so that --help answers at once.
-    from conjopt.demo.command import DemoError, run
+    if options.command == "report":
+        from conjopt.report.command import ReportError, run
+
+        try:
+            return run(options.run, html=options.html, follow=options.follow)
+        except ReportError as error:
+            return _complain(str(error), USAGE)
+    from conjopt.demo.command import DemoError
+    from conjopt.demo.command import run as run_demo
 
     try:
-        return run(
+        return run_demo(
             out=options.out,
             quick=options.quick,
             seeds=options.seeds,
@@ -100,19 +128,38 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="train on real digits beside SGD and AdamW; a few minutes",
-        description=DESCRIPTION,
-        epilog=EPILOG,
+        description=DEMO,
+        epilog=DEMO_EPILOG,
     )
     demo.add_argument(
         "--out",
         metavar="DIR",
         type=_folder,
-        help="write metrics.jsonl, summary.json and plot.png there, in place of an earlier demo's; "
-        "without it nothing is written",
+        help="write metrics.jsonl, summary.json, plot.png and report.html there, in place of an "
+        "earlier demo's; without it nothing is written",
     )
     demo.add_argument("--quick", action="store_true", help="less of it, within a minute")
     demo.add_argument("--seeds", metavar="N", type=_count, help="seeds 0 to N-1 (3; quick: 1)")
     demo.add_argument("--epochs", metavar="N", type=_count, help="epochs of a run (30; quick: 10)")
+    report = commands.add_parser(
+        "report",
+        help="say where a recorded run stands, and write a page of it",
+        description=REPORT,
+        epilog=REPORT_EPILOG,
+    )
+    report.add_argument("run", metavar="RUN", type=_folder, help="a history, or its folder")
+    report.add_argument(
+        "--html",
+        metavar="FILE",
+        type=_file,
+        help="write a page of charts there, in place of what is there; it needs no network",
+    )
+    report.add_argument(
+        "--follow",
+        action="store_true",
+        help="go on as the run does: a line and the page anew each second in which it recorded, "
+        "until Ctrl-C",
+    )
     return parser
 
 

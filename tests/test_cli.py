@@ -20,7 +20,7 @@ from conjopt.demo.data import Split, load_split
 from conjopt.report import History
 
 PNG = b"\x89PNG\r\n\x1a\n"
-FILES = {"metrics.jsonl", "plot.png", "summary.json"}
+FILES = {"metrics.jsonl", "plot.png", "report.html", "summary.json"}
 ORDER = ["ConjSGD", "SGD", "AdamW"]
 ROOT = Path(__file__).parents[1]
 
@@ -205,6 +205,9 @@ def test_the_demo_leaves_records_a_summary_and_a_picture(tmp_path, capsys, tiny)
     assert main(["demo", "--out", str(out), "--seeds", "2", "--epochs", "2"]) == 0
     assert {path.name for path in out.iterdir()} == FILES
     assert (out / "plot.png").read_bytes().startswith(PNG)
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "84 records of 12 runs." in page
+    assert "mlp, ConjSGD, seed 1" in page
 
     records = History.read(out / "metrics.jsonl")
     runs = {}
@@ -361,7 +364,7 @@ def test_the_demo_runs_outside_of_the_main_thread(tiny, capsys):
     assert statuses == [0]
 
 
-@pytest.mark.parametrize("full_at", ["record", "write_summary", "write_plot"])
+@pytest.mark.parametrize("full_at", ["record", "write_summary", "write_plot", "write_page"])
 def test_a_full_disk_ends_it_with_what_was_recorded(full_at, tmp_path, capsys, monkeypatch, tiny):
     calls = itertools.count()
 

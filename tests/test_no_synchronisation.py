@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conjopt import ConjSGD
+from conjopt.report import History
 
 READS = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "is_nonzero", "_to_copy"}
 
@@ -35,6 +36,8 @@ class Spy(TorchDispatchMode):
         {"data_floor": 0.01},
         {"max_step": 0.1},
         {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)},
+        {"history": "in memory"},
+        {"history": "in memory", "step_rule": "constant", "lr": 0.1},
     ],
     ids=str,
 )
@@ -47,6 +50,8 @@ def test_an_ordinary_step_reads_nothing(options, monkeypatch):
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     options = {"loss": nn.CrossEntropyLoss(), **options}
     loss = options["loss"]
+    if "history" in options:
+        options["history"] = History()
     optimizer = ConjSGD(model.parameters(), model=model, warmup=2, **options)
     x, y = torch.randn(16, 4), torch.arange(16) % 3
 
@@ -61,6 +66,8 @@ def test_an_ordinary_step_reads_nothing(options, monkeypatch):
         for _ in range(3):
             step()
     assert not spy.seen
+    if "history" in options:
+        assert [record["step"] for record in options["history"].records] == [1, 2]
     with Spy() as spy:
         optimizer.status()
     assert spy.seen  # the spy does see

@@ -65,7 +65,7 @@ def run(
     too. The runs that were finished by then are summarised.
 
     Args:
-        out: folder for metrics.jsonl, summary.json and plot.png; None writes nothing.
+        out: folder for metrics.jsonl, summary.json, plot.png and report.html; None writes nothing.
         quick: one seed and fewer epochs, where these are not given.
         seeds: how many, from 0.
         epochs: of each run.
@@ -119,6 +119,7 @@ def run(
             }
         )
         output.write_plot(TARGETS)
+        output.write_page()
     except OSError as error:
         stop = stop or _cannot_write(output, error)
     _say("", table(rows))

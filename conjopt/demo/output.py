@@ -10,12 +10,12 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from conjopt.report import History, plot_runs
+from conjopt.report import History, plot_runs, write_html
 from conjopt.report.history import Value, plain
 
 __all__ = ["DemoError", "Output"]
 
-METRICS, SUMMARY, PLOT = "metrics.jsonl", "summary.json", "plot.png"
+METRICS, SUMMARY, PLOT, PAGE = "metrics.jsonl", "summary.json", "plot.png", "report.html"
 # What tells the demo's records from those of another history.
 KEYS = {"model", "optimizer", "seed", "epoch", "train_loss"}
 
@@ -27,7 +27,7 @@ class DemoError(Exception):
 class Output:
     """Where the demo records, a folder or nowhere.
 
-    An earlier demo's files are removed at the start, all three; anything else is left alone.
+    An earlier demo's files are removed at the start, all four; anything else is left alone.
 
     Args:
         folder: made if it is not there; None keeps the records in memory only.
@@ -91,13 +91,22 @@ class Output:
         Raises:
             OSError: if it cannot be written.
         """
-        if self.folder is not None and self.history.records:
-            plot_runs(self.history.records, self.folder / PLOT, targets=targets)
+        if self.folder is not None and (records := self.history.records):
+            plot_runs(records, self.folder / PLOT, targets=targets)
+
+    def write_page(self) -> None:
+        """Write ``report.html``, whole or not at all.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        if self.folder is not None:
+            write_html(self.history, self.folder / PAGE, title="conjopt demo")
 
 
 def _clear(folder: Path) -> bool:
     """Remove an earlier demo's files; whether there were any."""
-    there = [name for name in (METRICS, SUMMARY, PLOT) if os.path.lexists(folder / name)]
+    there = [name for name in (METRICS, SUMMARY, PLOT, PAGE) if os.path.lexists(folder / name)]
     if there and not _is_demo(folder / METRICS):
         raise DemoError(
             f"--out {folder}: holds {', '.join(there)}, which this command did not write; give "

@@ -24,6 +24,7 @@ from conjopt.optim.conditions import conditions
 from conjopt.optim.directions import ByGroup, Direction
 from conjopt.optim.floor import DataFloor
 from conjopt.optim.gate import Gate, choose
+from conjopt.optim.journal import Journal
 from conjopt.optim.memory import Memory
 from conjopt.optim.recording import Recording
 from conjopt.optim.saving import Saved
@@ -90,6 +91,9 @@ class ConjSGD(Saved):
             sides of Thm 3.1; one record costs about what its set costs to evaluate twice in
             float64, and waits for the device.
         ledger_every: steps from one record to the next, from the first on.
+        history: a `conjopt.report.History`, or the path of one: `status` is recorded on measuring
+            steps and on some of those given up, and on every ``measure_every``-th step of a rule
+            that does not measure; by the first process. A copy of the optimizer has none.
         process_group: of `torch.distributed`, whose ranks the gradients at ``step`` are a mean
             over; None for that of DistributedDataParallel, or a single process.
 
@@ -139,6 +143,7 @@ class ConjSGD(Saved):
         max_decay: float = 0.002,
         ledger: ConvergenceLedger | None = None,
         ledger_every: int = 25,
+        history: Any = None,
         process_group: Any = None,
     ) -> None:
         self._model, criterion, wrapper = checks.modules(model, loss)
@@ -194,6 +199,8 @@ class ConjSGD(Saved):
         wide = any(p.dtype == torch.float64 for p in every)
         dtype = torch.float64 if wide else torch.float32
         self._statistics = Statistics(decay, every[0].device, dtype)
+        # Last, as it makes a file.
+        self._journal = Journal(history, measure_every, warmup, process_group)
         for group in self.param_groups:
             none_yet = torch.zeros_like(self._statistics.steps)
             group["step_size"] = none_yet if self._rule.measures else group["lr"]
@@ -335,10 +342,14 @@ class ConjSGD(Saved):
             blocks.average(choose(gate, share, 0.0))
         if gate is None and self._floor.value is not None:
             self._say_what_happened()
+        due = self._journal.due(self._calls)
         self._calls += 1
         self._batches.record(batch, joined, self._watch.ranks.size, measured=found is not None)
         self._watch.release()
         self._watch.armed = self._needs_watch()
+        if due:
+            lr = float(self.param_groups[0]["lr"])
+            self._journal.write(self.status(), lr, batch, joined, self._floor, statistics)
         self._memory.say_once()
         return result
 
@@ -391,7 +402,7 @@ class ConjSGD(Saved):
             >>> ConjSGD(model.parameters(), model=model, loss=nn.MSELoss()).measures_next
             True
         """
-        return self._needs_watch()
+        return self._needs_watch() or self._journal.due(self._calls)
 
     def replayed(self) -> None:
         """Count an ordinary step that a CUDA graph took, in which `step` was captured.
@@ -619,6 +630,8 @@ class ConjSGD(Saved):
             return False
         self._statistics.skipped = self._statistics.skipped + 1
         self._watch.release()
+        if self._journal.history is not None:
+            self._journal.gave_up(self.status())
         self._say_what_happened()
         return True
 

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import stat
+import weakref
+from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any
+
+from conjopt.report.lines import (
+    BLOCK,
+    HEADER,
+    NON_FINITE,
+    Lines,
+    Value,
+    check_header,
+    is_object,
+    plain,
+)
 
 __all__ = ["History", "Value", "plain"]
-
-# A quoted union: Python 3.10 evaluates an alias even under postponed annotations.
-Value: TypeAlias = "float | int | str | bool | None"
-
-SCHEMA = "conjopt.history"
-VERSION = 1
-HEADER = json.dumps({"schema": SCHEMA, "version": VERSION}).encode() + b"\n"
-
-NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 class History:
@@ -56,9 +59,10 @@ class History:
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         self.path = None if path is None else Path(path)
-        self._records: list[dict[str, Value]] = []
+        self._records: list[dict[str, Value]] = []  # those of a file are in the file alone
         self._closed = False
         self._file: FileIO | None = None
+        self._start: int | None = None  # bytes of the file that were there before; None of a pipe
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered, so that a failed write leaves nothing behind to be written at closing.
@@ -68,10 +72,18 @@ class History:
             except BaseException:
                 self._file.close()
                 raise
+            # One that nobody closes, such as an optimizer's, is closed with what held it.
+            weakref.finalize(self, self._file.close)
 
     @property
     def records(self) -> list[dict[str, Value]]:
         """The records made through this object, in order, without those it found in the file.
+
+        Those of a file are read back from it, as memory does not grow with a run; a pipe or a
+        device gives none back.
+
+        Raises:
+            OSError: if the file cannot be read any more.
 
         Example:
             >>> history = History()
@@ -79,7 +91,12 @@ class History:
             >>> history.records
             [{'step': 1, 'loss': 0.5}]
         """
-        return [dict(record) for record in self._records]
+        if self._file is None:
+            return [dict(record) for record in self._records]
+        if self.path is None or self._start is None:
+            return []
+        with Lines(self.path, self._start) as lines:
+            return [record for block in lines.blocks() for record in block]
 
     def record(self, /, **values: Any) -> None:
         """Append one record, and flush it.
@@ -112,7 +129,8 @@ class History:
         if self._file is not None:
             line = json.dumps({key: plain(value) for key, value in record.items()}, allow_nan=False)
             self._write(line.encode() + b"\n")
-        self._records.append(record)
+        else:
+            self._records.append(record)
 
     def close(self) -> None:
         """Close the file; closing twice is harmless.
@@ -166,16 +184,27 @@ class History:
             >>> History.read(path)
             [{'step': 1}]
         """
-        content = Path(path).read_bytes()
-        if HEADER.startswith(content):
-            return []  # cut before the first record
-        lines = content.split(b"\n")
-        _check_header(lines[0], path)
-        last = lines.pop()
-        records = [_parse(line, number, path) for number, line in enumerate(lines[1:], start=2)]
-        if _is_object(last):
-            records.append(_parse(last, len(lines) + 1, path))
-        return records
+        return list(History.iterate(path))
+
+    @staticmethod
+    def iterate(path: str | os.PathLike[str]) -> Iterator[dict[str, Value]]:
+        """The records of a file one by one, in memory that does not grow with it.
+
+        Args:
+            path: see `read`, as for what is raised.
+
+        Example:
+            >>> import tempfile
+            >>> path = Path(tempfile.mkdtemp()) / "metrics.jsonl"
+            >>> with History(path) as history:
+            ...     for step in range(1000):
+            ...         history.record(step=step)
+            >>> sum(record["step"] for record in History.iterate(path))
+            499500
+        """
+        with Lines(path) as lines:
+            for block in lines.blocks():
+                yield from block
 
     def _prepare(self) -> None:
         """Write the header, or make sure that the file is one to append to."""
@@ -184,17 +213,35 @@ class History:
         if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
             self._write(HEADER)  # a pipe or a device: nothing to read back
             return
-        content = self.path.read_bytes()
-        if HEADER.startswith(content) and content != HEADER:
-            os.ftruncate(self._file.fileno(), 0)
+        self._start = self._end_of_whole_lines()
+        os.ftruncate(self._file.fileno(), self._start)
+        if not self._start:
             self._write(HEADER)
-            return
-        _check_header(content.split(b"\n", 1)[0], self.path)
-        whole, _, last = content.rpartition(b"\n")
-        if _is_object(last):
+            self._start = len(HEADER)
+
+    def _end_of_whole_lines(self) -> int:
+        """Bytes of the lines there are, to which a whole last one without its end is made one.
+
+        Memory does not grow with the file.
+        """
+        assert self.path is not None
+        with self.path.open("rb") as file:
+            first = file.read(BLOCK)
+            if len(first) < len(HEADER) and HEADER.startswith(first):
+                return 0
+            check_header(first.partition(b"\n")[0], self.path)
+            size = end = file.seek(0, os.SEEK_END)
+            last = b""
+            while end and b"\n" not in last:
+                start = max(end - BLOCK, 0)
+                file.seek(start)
+                last = file.read(end - start) + last
+                end = start
+        last = last.rpartition(b"\n")[2]
+        if is_object(last):
             self._write(b"\n")
-        elif last:
-            os.ftruncate(self._file.fileno(), len(whole) + 1)
+            return size + 1
+        return size - len(last)
 
     def _write(self, line: bytes) -> None:
         assert self._file is not None
@@ -208,22 +255,6 @@ class History:
                     size = os.fstat(self._file.fileno()).st_size
                     os.ftruncate(self._file.fileno(), size - written)
             raise
-
-
-def plain(value: Value) -> Value:
-    """A value as JSON can hold it: non-finite floats become strings.
-
-    Args:
-        value: a number, a string, a bool or None.
-
-    Returns:
-        ``"nan"``, ``"inf"`` or ``"-inf"`` for these floats, else the value.
-
-    Example:
-        >>> plain(0.5), plain(float("-inf"))
-        (0.5, '-inf')
-    """
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _scalar(key: str, value: object) -> Value:
@@ -249,37 +280,3 @@ def _scalar(key: str, value: object) -> Value:
         f"history value {key!r}: expected a number, a string, a bool, None or a tensor of no "
         f"dimension, got a {what}; record a number made of it, such as its norm"
     )
-
-
-def _is_object(line: bytes) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
-
-
-def _check_header(line: bytes, path: str | os.PathLike[str]) -> None:
-    header = json.loads(line) if _is_object(line) else {}
-    if header.get("schema") != SCHEMA:
-        raise ValueError(
-            f"{os.fspath(path)} is no history: its first line should be {HEADER.decode().strip()}; "
-            "give the path of a file that conjopt wrote, or of a new one"
-        )
-    if header.get("version") != VERSION:
-        raise ValueError(
-            f"{os.fspath(path)} is a history of version {header.get('version')!r}, and this "
-            f"conjopt knows version {VERSION}; use the conjopt that wrote it, or a newer one"
-        )
-
-
-def _parse(line: bytes, number: int, path: str | os.PathLike[str]) -> dict[str, Value]:
-    if not _is_object(line):
-        raise ValueError(
-            f"{os.fspath(path)}, line {number}: expected one JSON object, got {line[:60]!r}; "
-            "the file was changed after it was written"
-        )
-    record: dict[str, Value] = json.loads(line)
-    return {
-        key: NON_FINITE.get(value, value) if isinstance(value, str) else value
-        for key, value in record.items()
-    }

@@ -1,0 +1,144 @@
+"""``conjopt report``: a run in sentences, as a page, and as it goes on."""
+
+from __future__ import annotations
+
+import os
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+from conjopt.report.digest import Digest, run_file
+from conjopt.report.html import page, run_name, write
+from conjopt.report.lines import Lines
+from conjopt.report.words import counted, headline, sentences
+
+__all__ = ["ReportError", "run"]
+
+POLL = 1.0  # seconds from one look at a growing file to the next
+
+
+class ReportError(Exception):
+    """There is nothing to report on, for a reason that the message tells."""
+
+
+def run(source: Path, *, html: Path | None = None, follow: bool = False) -> int:
+    """Print where a run stands, and write its page.
+
+    Args:
+        source: a history, or a folder that holds one.
+        html: the page to write; None for none.
+        follow: whether to go on as the run does, until interrupted: each second in which the file
+            grew gives a line and the page anew. A file that was cut or replaced is read anew.
+
+    Returns:
+        the exit status 0.
+
+    Raises:
+        ReportError: if there is no history, or it cannot be read.
+        OSError: if the page or the standard output cannot be written.
+        KeyboardInterrupt: what ends following.
+
+    Example:
+        >>> import tempfile
+        >>> from conjopt.report import History
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with History(folder / "history.jsonl") as history:
+        ...     history.record(step=1, loss=0.5)
+        >>> run(folder, html=folder / "report.html")  # doctest: +ELLIPSIS
+        1 record, steps 1 to 1.
+        Loss 0.5 at step 1.
+        The page is .../report.html.
+        0
+    """
+    try:
+        path = run_file(source)
+        if html is not None and html.exists() and html.samefile(path):
+            raise ReportError(f"--html {html}: is the history itself; give another file")
+    except (OSError, ValueError) as error:
+        raise _no_report(source, error) from error
+    lines, found = _opened(path), Digest()
+    try:
+        _read(lines, found, growing=follow)
+        _write(found, path, html)
+        _say(*sentences(found))
+        if html is not None:
+            _say(f"The page is {html}.", width=None)
+        if follow:
+            _say(f"Following {path}; Ctrl-C ends it.", width=None)
+            _follow(lines, found, html)
+    finally:
+        lines.close()
+    return 0
+
+
+def _follow(lines: Lines, found: Digest, html: Path | None) -> None:
+    path = lines.path
+    try:
+        while True:
+            time.sleep(POLL)
+            before = found.records
+            try:
+                anew = lines.replaced
+                if not anew:
+                    _read(lines, found, growing=True)
+            except ReportError:  # it was cut, and grew again since the last look
+                anew = True
+            if anew:
+                _say("The file was cut or replaced; reading it anew.")
+                lines.close()
+                lines, found, before = _opened(path), Digest(), 0
+                _read(lines, found, growing=True)
+            if found.records > before and found.latest is not None:
+                latest = found.latest
+                named = f"{latest.name}: " if latest.name else ""
+                _say(f"{named}{headline(latest)}; {counted(found.records - before, 'new record')}")
+                _write(found, path, html)
+    finally:
+        lines.close()
+
+
+def _opened(path: Path) -> Lines:
+    try:
+        return Lines(path)
+    except (OSError, ValueError) as error:
+        raise _no_report(path, error) from error
+
+
+def _read(lines: Lines, found: Digest, *, growing: bool) -> None:
+    try:
+        for block in lines.blocks(growing=growing):
+            found.add(block)
+    except (OSError, ValueError) as error:
+        raise _no_report(lines.path, error) from error
+    found.cut = lines.cut and not growing
+
+
+def _write(found: Digest, path: Path, html: Path | None) -> None:
+    if html is None:
+        return
+    try:
+        write(page(found, run_name(path)), html)
+    except OSError as error:
+        # The name of a temporary file would tell nobody anything.
+        raise OSError(error.errno, error.strerror or str(error), os.fspath(html)) from error
+
+
+def _no_report(source: Path, error: Exception) -> ReportError:
+    if isinstance(error, OSError):
+        return ReportError(
+            f"{source}: {error.strerror or error}; give a history that conjopt wrote, or a folder "
+            "that holds one"
+        )
+    return ReportError(str(error))
+
+
+def _say(*told: str, width: int | None = 100) -> None:
+    """Print text of records without what a terminal would take for orders."""
+    for text in told:
+        kept = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+        encoding = sys.stdout.encoding or "utf-8"
+        kept = kept.encode(encoding, "replace").decode(encoding)
+        if width is not None:
+            kept = textwrap.fill(kept, width, break_long_words=False, break_on_hyphens=False)
+        print(kept, flush=True)

@@ -1,0 +1,366 @@
+"""What is to be shown of a history, made in one pass over its records."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import operator
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conjopt.report.history import History
+from conjopt.report.lines import Lines, Value
+from conjopt.report.series import POINTS, Numbers, Series
+
+__all__ = ["CONDITION_STATES", "LABELS", "Digest", "Run", "digest", "run_file"]
+
+LABELS = ("run", "name", "model", "optimizer", "seed")  # what tells runs in one history apart
+FILES = ("history.jsonl", "metrics.jsonl")  # looked for in a folder, in this order
+CONDITION_STATES = ("unknown", "holds", "fails")
+MOST = 1e15  # of a step; what is more is none
+BLOCK = 4096  # records that are taken in at once
+PARTS = 20  # times that the steps of a run go back before it is taken as it comes
+NONE = (None,) * len(LABELS)
+SERIES = 1000  # of all runs together; more are counted and left out
+
+Record = dict[str, Value]
+
+
+@dataclasses.dataclass
+class Condition:
+    """How one of C1 to C4 stands.
+
+    Attributes:
+        state: the last one.
+        since: the step from which it has been so.
+        failed: records at which it failed.
+    """
+
+    state: str
+    since: float
+    failed: int = 0
+
+
+@dataclasses.dataclass
+class Run:
+    """One run of a history.
+
+    Attributes:
+        name: its labels, or "" where there are none.
+        style: its name without seed and number, for runs that are to look alike.
+        x: "step", or "record" where no steps were recorded.
+        records: how many.
+        first: the first step.
+        last: the last one.
+        latest: the last value of each quantity, of the first ones that it has.
+        series: quantity to its numbers.
+        limits: in the order of their codes, what set the step, to how often.
+        conditions: C1 to C4.
+    """
+
+    name: str
+    style: str
+    x: str = "record"
+    records: int = 0
+    first: float = 0.0
+    last: float = 0.0
+    latest: Record = dataclasses.field(default_factory=dict)
+    series: dict[str, Series] = dataclasses.field(default_factory=dict)
+    limits: dict[str, int] = dataclasses.field(default_factory=dict)
+    conditions: dict[str, Condition] = dataclasses.field(default_factory=dict)
+    # The last step of records that an optimizer wrote (True) and of those that a loop wrote, which
+    # may count from 0 where the other counts from 1.
+    steps: dict[bool, float] = dataclasses.field(default_factory=dict)
+
+    def value(self, *names: str) -> Any:
+        """The last value of the first of these names that has one; else None.
+
+        Args:
+            names: of quantities.
+        """
+        return next((v for n in names if (v := self.latest.get(n)) is not None), None)
+
+
+class Digest:
+    """Takes in records as they come, in memory that does not grow with them.
+
+    Args:
+        points: to keep of each series, at most.
+
+    Attributes:
+        records: how many came.
+        runs: in order of appearance.
+        cut: whether the file ends in the middle of a line.
+        left_out: series that there were too many of.
+        latest: the run of the last record.
+
+    Example:
+        >>> found = Digest()
+        >>> found.add([{"step": step, "loss": 1 / step} for step in range(1, 4)])
+        >>> (run,) = found.runs
+        >>> run.last, run.series["loss"].y.tolist()
+        (3.0, [1.0, 0.5, 0.3333333333333333])
+    """
+
+    def __init__(self, points: int = POINTS) -> None:
+        self.points = points
+        self.records = 0
+        self.cut = False
+        self.left_out = 0
+        self.latest: Run | None = None
+        self._runs: dict[tuple[Any, ...], list[Run]] = {}
+        self._series = 0
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs, a part of one where its steps went back among them."""
+        return [run for parts in self._runs.values() for run in parts]
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Take in records.
+
+        Args:
+            records: in order.
+        """
+        self.records += len(records)
+        keys = set(itertools.chain.from_iterable(set(map(tuple, records))))
+        groups: Iterable[tuple[tuple[Any, ...], Iterable[Record]]] = [(NONE, records)]
+        if not keys.isdisjoint(LABELS):
+            groups = itertools.groupby(records, _labels)
+        for labels, group in groups:
+            if labels not in self._runs and len(self._runs) * len(LABELS) > SERIES:
+                self.left_out += 1
+                continue
+            parts = self._runs.setdefault(labels, [_run(labels, 1)])
+            of_run = list(group)
+            steps = _numbers([record.get("step") for record in of_run])
+            steps[np.abs(steps) > MOST] = np.nan
+            own = np.zeros(len(of_run), dtype=bool)
+            if "limited_by" in keys:
+                own = np.array(["limited_by" in record for record in of_run])
+            start = 0
+            for end in _breaks(steps, own, parts[-1].steps):
+                if len(parts) < PARTS and (end or parts[-1].records):
+                    self._add(parts[-1], of_run[start:end], steps[start:end], own[start:end])
+                    parts.append(_run(labels, len(parts) + 1))
+                    start = end
+            self._add(parts[-1], of_run[start:], steps[start:], own[start:])
+            self.latest = parts[-1]
+
+    def _add(self, run: Run, records: list[Record], steps: Numbers, own: Any) -> None:
+        if not records:
+            return
+        x = _places(steps, run)
+        for kind in (True, False):
+            if (of_kind := x[own == kind]).size:
+                run.steps[kind] = float(of_kind[-1])
+        run.first = float(x[0]) if not run.records else run.first
+        run.records += len(records)
+        run.last = float(x[-1])
+        columns = _columns(records)
+        code = self._limits(run, columns["limited_by"]) if "limited_by" in columns else None
+        for key, column in columns.items():
+            if key in run.latest or len(run.latest) < SERIES:
+                last = next((value for value in reversed(column) if value is not None), None)
+                run.latest[key] = run.latest.get(key) if last is None else last
+            if key == "step" or key == "limited_by" or key in LABELS:
+                continue
+            if key.startswith("conditions/"):
+                self._condition(run, key, column, x)
+                continue
+            if not set(map(type, column)) <= {float, int, bool, type(None)}:
+                continue  # text
+            numbers = _numbers(column)
+            there = ~np.isnan(numbers)
+            if not there.all():
+                there = np.array([value is not None for value in column])
+            if there.any() and (series := self._of(run, key)) is not None:
+                with_it = code if key == "step_size" else None
+                series.add(x[there], numbers[there], None if with_it is None else with_it[there])
+
+    def _of(self, run: Run, key: str) -> Series | None:
+        if key not in run.series:
+            if self._series >= SERIES:
+                self.left_out += 1
+                return None
+            self._series += 1
+            run.series[key] = Series(self.points)
+        return run.series[key]
+
+    def _limits(self, run: Run, column: Sequence[Value]) -> Numbers:
+        names = [name if isinstance(name, str) else None for name in column]
+        for name, count in collections.Counter(names).items():
+            if name is not None and name != "nothing measured":
+                run.limits[name] = run.limits.get(name, 0) + count
+        codes: dict[str | None, float] = {n: float(code) for code, n in enumerate(run.limits)}
+        return np.array([codes.get(name, -1.0) for name in names])
+
+    def _condition(self, run: Run, key: str, column: Sequence[Value], x: Numbers) -> None:
+        there = np.array([isinstance(state, str) for state in column])
+        if not there.any():
+            return
+        number = {state: float(code) for code, state in enumerate(CONDITION_STATES)}
+        codes = np.array([number.get(str(state), 0.0) for state in column])[there]
+        x = x[there]
+        if (series := self._of(run, key)) is not None:
+            series.add(x, codes)
+        changes = np.flatnonzero(np.diff(codes))
+        last = CONDITION_STATES[int(codes[-1])]
+        held = run.conditions.get(key)
+        since = float(x[changes[-1] + 1]) if changes.size else float(x[0])
+        if held is not None and held.state == last and not changes.size:
+            since = held.since
+        failed = int((codes == number["fails"]).sum()) + (held.failed if held else 0)
+        run.conditions[key] = Condition(last, since, failed)
+
+
+def digest(
+    source: History | str | os.PathLike[str] | Iterable[Record], *, points: int = POINTS
+) -> Digest:
+    """What is to be shown of a history.
+
+    Args:
+        source: a `History`, of a file with all that the file holds; the path of a history or of a
+            folder that holds one, see `run_file`; or records.
+        points: to keep of each series, at most.
+
+    Raises:
+        ValueError: see `History.read` and `run_file`.
+        OSError: if it cannot be read.
+
+    Example:
+        >>> history = History()
+        >>> history.record(step=1, loss=0.5)
+        >>> digest(history).records
+        1
+    """
+    found = Digest(points)
+    if isinstance(source, History):
+        if source.path is None:
+            found.add(source.records)
+            return found
+        source = source.path
+    if isinstance(source, str | os.PathLike):
+        with Lines(run_file(source)) as lines:
+            for block in lines.blocks():
+                found.add(block)
+            found.cut = lines.cut
+        return found
+    records = iter(source)
+    while some := [dict(record) for record in itertools.islice(records, BLOCK)]:
+        found.add(some)
+    return found
+
+
+def run_file(path: str | os.PathLike[str]) -> Path:
+    """The history that a path leads to.
+
+    Args:
+        path: a file, or a folder with ``history.jsonl`` or ``metrics.jsonl`` or one other
+            ``*.jsonl``.
+
+    Raises:
+        ValueError: if a folder has none of them, or several others.
+        OSError: if there is nothing at the path.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> History(folder / "my run.jsonl").close()
+        >>> run_file(folder).name
+        'my run.jsonl'
+    """
+    path = Path(path)
+    if not path.is_dir():
+        path.stat()  # says so if there is nothing
+        return path
+    for name in FILES:
+        if (path / name).is_file():
+            return path / name
+    others = sorted(path.glob("*.jsonl"))
+    if len(others) == 1:
+        return others[0]
+    if not others:
+        raise ValueError(
+            f"{path} holds no history: expected {' or '.join(FILES)}; give the file that a History "
+            "wrote, or a folder that holds one"
+        )
+    names = ", ".join(other.name for other in others[:5])
+    raise ValueError(f"{path} holds {len(others)} files of that kind ({names}); give one of them")
+
+
+def _labels(record: Record) -> tuple[Any, ...]:
+    labels = tuple(map(record.get, LABELS))
+    # Numbers and text; whatever else a file that was changed may hold is told apart by its text.
+    return tuple(v if type(v) in (str, int, float, bool, type(None)) else str(v) for v in labels)
+
+
+def _run(labels: tuple[Any, ...], part: int) -> Run:
+    pairs = [(k, v) for k, v in zip(LABELS, labels, strict=True) if v is not None]
+    words = {k: f"seed {v}" if k == "seed" else str(v) for k, v in pairs}
+    again = [f"part {part}"] if part > 1 else []
+    style = [word for key, word in words.items() if key not in ("seed", "run")]
+    return Run(", ".join([*words.values(), *again]), ", ".join(style or [*words.values(), *again]))
+
+
+def _columns(records: list[Record]) -> dict[str, Sequence[Value]]:
+    """Key to the values of all records; None where one lacks it."""
+    keys = list(dict.fromkeys(map(tuple, records)))
+    if len(keys) == 1:  # the usual case, and then faster
+        return {key: list(map(operator.itemgetter(key), records)) for key in keys[0]}
+    every = dict.fromkeys(itertools.chain.from_iterable(keys))
+    return {key: [record.get(key) for record in records] for key in every}
+
+
+def _numbers(column: Sequence[Value]) -> Numbers:
+    """As floats; NaN for what is none."""
+    try:
+        return np.array(column, dtype=float)
+    except (TypeError, ValueError, OverflowError):
+        return np.array([_number(value) for value in column], dtype=float)
+
+
+def _number(value: object) -> float:
+    try:
+        return float(value) if isinstance(value, int | float) else np.nan
+    except OverflowError:  # a whole number that no float can hold
+        return np.inf if isinstance(value, int) and value > 0 else -np.inf
+
+
+def _places(steps: Numbers, run: Run) -> Numbers:
+    """Where to draw records: at their steps, or where those before them are."""
+    known = np.isfinite(steps)
+    if known.any():
+        run.x = "step"
+    if known.all():
+        return steps
+    if run.x != "step":
+        return np.arange(run.records, run.records + len(steps), dtype=float)
+    before = run.last if run.records else float(steps[known][0])
+    latest = np.maximum.accumulate(np.where(known, np.arange(len(steps)), -1))
+    return np.where(latest < 0, before, steps[latest])
+
+
+def _breaks(steps: Numbers, own: Any, last: dict[bool, float]) -> list[int]:
+    """Where the steps go back, as in a run that was started again on the same file."""
+    found: set[int] = set()
+    before: dict[int, int] = {}
+    for kind in (True, False):
+        places = np.flatnonzero((own == kind) & np.isfinite(steps))
+        if not places.size:
+            continue
+        of_kind = np.concatenate([[last.get(kind, -np.inf)], steps[places]])
+        back = np.flatnonzero(np.diff(of_kind) < 0)
+        found.update(places[back].tolist())
+        before.update((int(places[i]), int(places[i - 1]) if i else -1) for i in back)
+    breaks: list[int] = []
+    for place in sorted(found):
+        # The other kind of records goes back in its turn, after the same break.
+        if not breaks or before[place] >= breaks[-1]:
+            breaks.append(place)
+    return breaks

@@ -1,0 +1,158 @@
+"""A history in sentences, for the terminal and the head of a page."""
+
+from __future__ import annotations
+
+from conjopt.report.digest import Digest, Run
+from conjopt.report.panels import label
+
+__all__ = ["counted", "headline", "sentences"]
+
+RUNS = 24  # that get a line of their own
+LOSSES = ("loss", "train_loss", "excess_loss", "test_loss")
+BAD = {"nan": "NaN", "inf": "infinite", "-inf": "minus infinite"}
+
+
+def sentences(found: Digest, *, each: bool = True) -> list[str]:
+    r"""What a person should know first.
+
+    Args:
+        found: of the history.
+        each: whether each of several runs gets a sentence, which a table may give as well.
+
+    Returns:
+        sentences, at least one.
+
+    Example:
+        >>> found = Digest()
+        >>> found.add([
+        ...     {"step": 1, "loss": 2.0, "data_floor": 0.5, "step_size": 0.1, "limited_by": "edge"},
+        ...     {"step": 2, "loss": 1.0, "data_floor": 0.5, "step_size": 0.2, "limited_by": "edge"},
+        ... ])
+        >>> print(*sentences(found), sep="\n")
+        2 records, steps 1 to 2.
+        Loss 1 at step 2, 0.5 above the data floor.
+        The step size is 0.2, set by edge. Over the records: edge 100 %.
+    """
+    if not found.records:
+        return ["No records yet.", *_of_file(found)]
+    runs = found.runs
+    count = counted(found.records, "record")
+    if len(runs) == 1:
+        (run,) = runs
+        where = f"{run.x}s {run.first:,.0f} to {run.last:,.0f}"
+        named = f" of {run.name}" if run.name else ""
+        return [f"{count}{named}, {where}.", *_of_run(run), *_of_file(found)]
+    told = [f"{count} of {len(runs)} runs."]
+    if each:
+        told += [f"{run.name or 'unnamed'}: {headline(run)}." for run in runs[:RUNS]]
+    if each and len(runs) > RUNS:
+        told.append(f"And {len(runs) - RUNS} more runs.")
+    for run in runs:
+        told += [f"{run.name or 'unnamed'}: {trouble}" for trouble in _troubles(run)][:4]
+    return told + _of_file(found)
+
+
+def counted(number: int, thing: str) -> str:
+    """How many of a thing.
+
+    Example:
+        >>> counted(1, "record"), counted(2000, "record")
+        ('1 record', '2,000 records')
+    """
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
+
+
+def headline(run: Run) -> str:
+    """Where a run stands, in one clause.
+
+    Args:
+        run: of a digest.
+
+    Example:
+        >>> found = Digest()
+        >>> found.add([{"step": 3, "loss": 0.25, "step_size": 0.1, "limited_by": "edge"}])
+        >>> headline(found.runs[0])
+        'loss 0.25, step size 0.1 (edge), step 3'
+    """
+    parts = []
+    if (loss := _last(run, *LOSSES)) is not None:
+        parts.append(f"{label(loss[0]) if loss[0] != 'loss' else 'loss'} {loss[1]}")
+    if (size := _last(run, "step_size")) is not None:
+        by = run.value("limited_by")
+        parts.append(f"step size {size[1]}" + (f" ({by})" if by else ""))
+    if (accuracy := _last(run, "test_accuracy")) is not None:
+        parts.append(f"test accuracy {accuracy[1]}")
+    return ", ".join([*parts, f"{run.x} {run.last:,.0f}"])
+
+
+def _of_run(run: Run) -> list[str]:
+    told = []
+    if (loss := _last(run, *LOSSES)) is not None:
+        name = "Loss" if loss[0] == "loss" else label(loss[0]).capitalize()
+        above = ""
+        value, floor = run.value(loss[0]), run.value("data_floor")
+        if loss[0] == "loss" and isinstance(floor, int | float) and isinstance(value, int | float):
+            above = f", {value - floor:.4g} above the data floor"
+        told.append(f"{name} {loss[1]} at {run.x} {run.last:,.0f}{above}.")
+    if (size := _last(run, "step_size")) is not None:
+        by = run.value("limited_by")
+        set_by = f", set by {by}" if by and by != "nothing measured" else ""
+        told.append(f"The step size is {size[1]}{set_by}.")
+        if total := sum(run.limits.values()):
+            ordered = sorted(run.limits.items(), key=lambda pair: -pair[1])
+            shares = ", ".join(f"{name} {100 * n / total:.0f} %" for name, n in ordered)
+            told[-1] += f" Over the records: {shares}."
+    return told + _troubles(run)
+
+
+def _troubles(run: Run) -> list[str]:
+    told = []
+    skipped = run.value("skipped_steps")
+    if isinstance(skipped, int) and skipped > 0:
+        was = "was" if skipped == 1 else "were"
+        told.append(f"{counted(skipped, 'step')} {was} skipped: something was not finite.")
+    unknown = [label(k) for k, c in run.conditions.items() if c.state == "unknown"]
+    failing = [(label(k), c) for k, c in run.conditions.items() if c.state == "fails"]
+    told += [f"{name} fails since {run.x} {c.since:,.0f}." for name, c in failing]
+    told += [
+        f"{label(k)} failed in {counted(c.failed, 'record')}, and {c.state} since {run.x} "
+        f"{c.since:,.0f}."
+        for k, c in run.conditions.items()
+        if c.failed and c.state == "holds"
+    ]
+    if run.conditions and not failing:
+        which = f"; unknown: {', '.join(sorted(unknown))}" if unknown else ""
+        told.append(f"No condition of Thm 3.1 fails now{which}.")
+    told += [
+        f"{label(key).capitalize()} was {BAD[kind]} in {counted(count, 'record')}, "
+        f"first at {run.x} {series.bad_places(kind)[0]:,.0f}."
+        for key, series in run.series.items()
+        for kind, count in series.bad.items()
+        # An infinite limit or noise scale is an answer: nothing limits, or no signal was seen.
+        if not (kind == "inf" and (key.startswith("limits/") or key in ("noise_scale", "upper")))
+    ]
+    return told
+
+
+def _of_file(found: Digest) -> list[str]:
+    told = []
+    if found.cut:
+        told.append(
+            "The file ends in the middle of a line: it was cut by a crash, or is being written. "
+            "Everything before that line was read."
+        )
+    if found.left_out:
+        told.append(f"{found.left_out:,} series were left out: there are too many of them.")
+    return told
+
+
+def _last(run: Run, *names: str) -> tuple[str, str] | None:
+    """The first of these quantities in the last record, or in the one before that has it."""
+    for name in names:
+        value = run.value(name)
+        if isinstance(value, int | float):
+            return name, f"{value:.4g}"
+    for name in names:
+        if name in run.series and run.series[name].y.size:
+            return name, f"{run.series[name].y[-1]:.4g}"
+    return None

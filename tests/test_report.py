@@ -1,0 +1,571 @@
+"""What a history shows: thinned series, the digest, sentences, the figure and the page."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import math
+import os
+import re
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from conjopt import ConjSGD
+from conjopt.report import History, plot, write_html
+from conjopt.report import html as page_module
+from conjopt.report.digest import Digest, digest, run_file
+from conjopt.report.lines import HEADER
+from conjopt.report.panels import panels
+from conjopt.report.series import Series
+from conjopt.report.words import sentences
+
+NASTY = "<script>alert('ü & \"x\"')</script>"
+
+
+def of(records):
+    found = Digest()
+    found.add(records)
+    return found
+
+
+def record(step, **values):
+    """A record as ConjSGD makes it."""
+    return {
+        "step": step,
+        "limited_by": "edge",
+        "loss": 1.0 / step,
+        "data_floor": 0.25,
+        "excess_loss": 1.0 / step,
+        "step_size": 0.1,
+        "limits/edge": 0.1,
+        "limits/Polyak cap": 0.3,
+        "slope": 0.5,
+        "raw_slope": 0.7,
+        "curvature": 2.0,
+        "correlation": 0.4,
+        "batch_size": 64,
+        "noise_scale": 20.0,
+        "gradient_energy": 3.0,
+        "lo": 1.0,
+        "hi": 9.0,
+        "skipped_steps": 0,
+        "conditions/C1": "holds",
+        "conditions/C2": "unknown",
+    } | values
+
+
+# Series
+
+
+@given(
+    st.lists(st.lists(st.floats(-1e6, 1e6), max_size=60), min_size=1, max_size=12),
+    st.integers(3, 40),
+)
+def test_a_series_keeps_its_extremes_and_its_ends_in_bounded_memory(pieces, points):
+    series = Series(points)
+    start = 0
+    for piece in pieces:
+        series.add(np.arange(start, start + len(piece), dtype=float), np.array(piece, dtype=float))
+        start += len(piece)
+        assert series._held <= 4 * points
+    values = [value for piece in pieces for value in piece]
+    assert series.count == len(values)
+    assert len(series.x) == len(series.y) <= points
+    assert (np.diff(series.x) > 0).all()
+    for x, y in zip(series.x, series.y):
+        assert values[int(x)] == y  # real points, none made up
+    if values:
+        assert {min(values), max(values)} <= set(series.y)
+        assert series.x[-1] == len(values) - 1
+
+
+def test_thinning_is_even_over_the_run():
+    # Each tenth of the run keeps its share of the points, however often it was thinned.
+    series = Series(300)
+    generator = np.random.default_rng(0)
+    for start in range(0, 100_000, 500):
+        series.add(np.arange(start, start + 500.0), generator.normal(size=500))
+    counts, _ = np.histogram(series.x, bins=10, range=(0, 100_000))
+    assert counts.min() >= 15
+    assert counts.max() <= 1.3 * counts.min()
+
+
+@pytest.mark.parametrize("kind", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_counted_and_placed(kind):
+    series = Series(30)
+    for start in range(0, 10_000, 100):
+        y = np.ones(100)
+        y[50] = kind
+        series.add(np.arange(start, start + 100.0), y)
+    assert series.bad == {str(kind): 100}
+    places = series.bad_places(str(kind))
+    assert (places[0], places[-1]) == (50, 9950)
+    assert len(places) <= 200
+    assert set(series.y) == {1.0}
+
+
+# The digest
+
+
+def test_a_missing_number_is_no_nan():
+    found = of([{"step": 1, "a": None, "b": 1.0}, {"step": 2, "b": math.nan}, {"step": 3, "c": 1}])
+    (run,) = found.runs
+    assert "a" not in run.series
+    assert run.series["b"].count == 2
+    assert run.series["b"].bad == {"nan": 1}
+    assert run.series["c"].x.tolist() == [3]
+    assert run.latest == {"step": 3, "a": None, "b": pytest.approx(math.nan, nan_ok=True), "c": 1}
+
+
+def test_numbers_that_no_float_can_hold_and_values_of_other_kinds():
+    found = of([{"step": 1, "a": 10**400, "b": [1], "c": {}, "run": [1], "limited_by": []}])
+    (run,) = found.runs
+    assert run.series["a"].bad == {"inf": 1}
+    assert list(run.series) == ["a"]
+    assert run.name == "[1]"
+
+
+@pytest.mark.parametrize("block", [1, 3, 1000])
+def test_runs_are_told_apart_by_their_labels_and_by_steps_that_go_back(block):
+    records = [
+        {"model": model, "seed": seed, "step": step, "loss": 1.0}
+        for model in ("mlp", "cnn")
+        for seed in (0, 1)
+        for step in range(5)
+    ]
+    records += [{"model": "cnn", "seed": 1, "step": step, "loss": 2.0} for step in (2, 3, 9)]
+    found = Digest()
+    for start in range(0, len(records), block):
+        found.add(records[start : start + block])
+    names = [f"{model}, seed {seed}" for model in ("mlp", "cnn") for seed in (0, 1)]
+    assert [run.name for run in found.runs] == [*names, "cnn, seed 1, part 2"]
+    assert [run.records for run in found.runs] == [5, 5, 5, 5, 3]
+    assert found.runs[-1].series["loss"].x.tolist() == [2, 3, 9]
+    assert {run.style for run in found.runs} == {"mlp", "cnn"}
+    assert found.latest is found.runs[-1]
+
+
+@pytest.mark.parametrize("block", [1, 4, 1000])
+def test_a_loop_that_counts_from_zero_beside_an_optimizer_that_counts_from_one(block):
+    one = [r for step in range(6) for r in (record(step + 1), {"step": step, "test_loss": 2.0})]
+    found = Digest()
+    records = one + one[4:]  # and goes on from a checkpoint
+    for start in range(0, len(records), block):
+        found.add(records[start : start + block])
+    assert [run.records for run in found.runs] == [12, 8]
+
+
+def test_steps_in_no_order_do_not_make_a_run_of_each():
+    generator = np.random.default_rng(0)
+    found = of([{"step": int(step), "loss": 1.0} for step in generator.integers(0, 1000, 5000)])
+    assert len(found.runs) == 20
+    assert sum(run.records for run in found.runs) == 5000
+
+
+def test_records_without_steps_are_drawn_where_they_are():
+    found = of([{"loss": 1.0}, {"loss": 2.0}])
+    assert found.runs[0].series["loss"].x.tolist() == [0, 1]
+    assert found.runs[0].x == "record"
+    found = of([{"step": 5, "loss": 1.0}, {"loss": 2.0}, {"step": math.nan, "loss": 3.0}])
+    assert found.runs[0].series["loss"].x.tolist() == [5, 5, 5]
+
+
+@pytest.mark.parametrize("block", [1, 1000])
+def test_limits_and_conditions_are_counted_exactly(block):
+    states = ["unknown", "holds", "fails", "holds", "fails", "fails"]
+    limits = ["nothing measured", "edge", "edge", "trust region", "edge", "edge"]
+    records = [
+        record(i, limited_by=limit, **{"conditions/C1": state})
+        for i, (limit, state) in enumerate(zip(limits, states), start=1)
+    ]
+    found = Digest()
+    for start in range(0, len(records), block):
+        found.add(records[start : start + block])
+    (run,) = found.runs
+    assert run.limits == {"edge": 4, "trust region": 1}
+    assert run.series["step_size"].code.tolist() == [-1, 0, 0, 1, 0, 0]
+    condition = run.conditions["conditions/C1"]
+    assert (condition.state, condition.since, condition.failed) == ("fails", 5, 3)
+    assert run.conditions["conditions/C2"].since == 1
+
+
+def test_series_beyond_a_number_are_left_out_and_told():
+    found = of([{"step": 1} | {f"k{i}": 1.0 for i in range(1500)}])
+    assert len(found.runs[0].series) == 1000
+    assert found.left_out == 500
+    assert "500 series were left out" in " ".join(sentences(found))
+    found = of([{"run": i, "loss": 1.0} for i in range(5000)])
+    assert sum(len(run.series) for run in found.runs) <= 1000
+
+
+@pytest.mark.slow
+def test_a_million_records_are_read_in_bounded_memory(tmp_path):
+    path = tmp_path / "history.jsonl"
+    with path.open("wb") as file:
+        file.write(HEADER)
+        for step in range(1_000_000):
+            loss = 100.0 if step == 765_432 else 1.0
+            file.write(b'{"step": %d, "loss": %r, "step_size": 0.5}\n' % (step, loss))
+    kept = Digest.add
+
+    def add(self, records):
+        assert len(records) < 100_000
+        kept(self, records)
+        assert all(s._held <= 8000 for run in self.runs for s in run.series.values())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Digest, "add", add)
+        figure = plot(path)
+        write_html(path, tmp_path / "report.html")
+    (line,) = figure.axes[0].lines
+    assert len(line.get_xdata()) <= 2000
+    assert 765_432 in line.get_xdata()
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert len(page) < 200_000
+    assert "1,000,000 records" in page
+    assert "between 1 and 100" in page
+
+
+def test_records_one_by_one_are_taken_in_blocks(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(Digest, "add", lambda self, records: sizes.append(len(records)))
+    digest({"step": step} for step in range(10_000))
+    assert sum(sizes) == 10_000
+    assert max(sizes) < 5000
+
+
+# Files
+
+
+def written(path, *records):
+    with History(path) as history:
+        for values in records:
+            history.record(**values)
+    return path
+
+
+def test_a_folder_leads_to_its_history(tmp_path):
+    with pytest.raises(ValueError, match="holds no history"):
+        run_file(tmp_path)
+    one = written(tmp_path / "my run ü.jsonl", {"step": 1})
+    assert run_file(tmp_path) == run_file(one) == one
+    written(tmp_path / "other.jsonl", {"step": 1})
+    with pytest.raises(ValueError, match=r"2 files.*my run ü.jsonl, other.jsonl"):
+        run_file(tmp_path)
+    for name in ("metrics.jsonl", "history.jsonl"):
+        assert run_file(written(tmp_path / name, {"step": 1})).name == name
+    with pytest.raises(FileNotFoundError):
+        run_file(tmp_path / "nowhere")
+
+
+def test_a_file_cut_in_the_middle_of_a_line_is_read_up_to_it_and_this_is_told(tmp_path):
+    path = written(tmp_path / "history.jsonl", record(1), record(2))
+    path.write_bytes(path.read_bytes()[:-9])
+    found = digest(path)
+    assert found.records == 1
+    assert found.cut
+    write_html(path, tmp_path / "page.html")
+    assert "ends in the middle of a line" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "middle" not in " ".join(sentences(of([record(1)])))
+
+
+@pytest.mark.parametrize("content", [b"", HEADER[:20], HEADER], ids=["empty", "cut", "header"])
+def test_a_history_without_records_says_so(tmp_path, content):
+    path = tmp_path / "history.jsonl"
+    path.write_bytes(content)
+    write_html(path, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "No records yet." in page
+    assert "Nothing to draw" in page
+    (axes,) = plot(path).axes
+    assert axes.texts[0].get_text() == "The history has no records yet."
+
+
+def test_records_without_numbers_say_so():
+    (axes,) = plot([{"note": "a"}]).axes
+    assert axes.texts[0].get_text() == "The 1 records hold no numbers to draw."
+
+
+@pytest.mark.parametrize("use", [digest, plot, lambda path: write_html(path, path.with_name("p"))])
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b'{"schema": "conjopt.history", "version": 7}\n', "version 7"),
+        (bytes(range(256)) * 40, "is no history"),
+        (b"\0" * 3_000_000, "is no history"),
+        (HEADER + b'{"step": 1}\n{"step"\n{"step": 3}\n', "line 3"),
+        (HEADER + b'{"step": 1}\n' + b"x" * 20_000_000, "longer than"),
+        (HEADER + b"[" * 100_000 + b"\n", "line 2"),
+    ],
+    ids=["version", "binary", "zeros", "damaged", "endless", "deep"],
+)
+def test_a_file_of_another_kind_is_refused(tmp_path, use, content, match):
+    path = tmp_path / "history.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=match):
+        use(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["history.jsonl"]
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="no regular file"):
+        digest(tmp_path / "pipe")
+
+
+# Sentences
+
+
+def test_the_sentences_of_a_run():
+    records = [record(i, limited_by="edge" if i < 4 else "trust region") for i in range(1, 6)]
+    records[3] |= {"conditions/C1": "fails", "loss": math.nan}
+    records[4] |= {"conditions/C1": "fails", "skipped_steps": 2, "limits/edge": math.inf}
+    records.append({"step": 5, "test_loss": 0.5})  # what a loop records beside it hides nothing
+    assert sentences(of(records)) == [
+        "6 records, steps 1 to 5.",
+        "Loss 0.2 at step 5, -0.05 above the data floor.",
+        "The step size is 0.1, set by trust region. "
+        "Over the records: edge 60 %, trust region 40 %.",
+        "2 steps were skipped: something was not finite.",
+        "C1 fails since step 4.",
+        "Loss of the batch was NaN in 1 record, first at step 4.",
+    ]
+
+
+def test_a_condition_that_holds_again_has_failed():
+    states = ["fails", "fails", "holds", "holds"]
+    found = of([record(i, **{"conditions/C1": s}) for i, s in enumerate(states, start=1)])
+    told = sentences(found)
+    assert "C1 failed in 2 records, and holds since step 3." in told
+    assert "No condition of Thm 3.1 fails now; unknown: C2." in told
+
+
+def test_the_sentences_of_several_runs():
+    found = of([{"run": name, "step": 3, "loss": 0.5} for name in ("a", "b")])
+    assert sentences(found) == [
+        "2 records of 2 runs.",
+        "a: loss 0.5, step 3.",
+        "b: loss 0.5, step 3.",
+    ]
+
+
+# The figure
+
+
+def test_every_panel_of_a_run_is_drawn():
+    records = [record(i, lower=0.1, upper=2.0, risk=1.0, mine=i) for i in range(1, 4)]
+    figure = plot(records, title="$x$ run")
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "loss",
+        "step size",
+        "slope",
+        "curvature",
+        "gradient correlation",
+        "samples",
+        "loss between its bounds",
+        "eigenvalues",
+        "gradient energy",
+        "conditions",
+        "mine",
+    ]
+    _, names = figure.axes[1].get_legend_handles_labels()
+    assert names == ["edge", "Polyak cap", "step size", "set by edge"]
+    figure.canvas.draw()
+
+
+def test_a_missing_matplotlib_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r'pip install "conjopt\[plot\]"'):
+        plot([record(1)])
+
+
+@given(
+    st.lists(
+        st.dictionaries(
+            st.sampled_from(["step", "loss", "step_size", "limited_by", "run", "mine", NASTY])
+            | st.sampled_from(["limits/edge", "conditions/C1", "skipped_steps", "conditions/x"]),
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        ),
+        max_size=8,
+    )
+)
+def test_any_records_make_a_page(records):
+    page = page_module.page(of(records), "any")
+    checked(page)
+
+
+def test_any_magnitude_is_drawn():
+    for values in ([1e308, -1e308], [5e-324, 1e308], [1e-320] * 2, [0.0, 0.0], [-3.0, -3.0], [7.0]):
+        records = [{"step": i, "loss": v, "mine": v} for i, v in enumerate(values)]
+        page = checked(page_module.page(of(records), "any"))
+        assert "nan" not in "".join(re.findall(r' d="([^"]*)"', page))
+        plot(records).canvas.draw()
+
+
+# The page
+
+
+def checked(page):
+    """The page, if it is well-formed, holds nothing that would be fetched, and no script."""
+    fetching = re.compile(r"""<(script|img|iframe|object|embed)|src=|url\(|@import|https?:""")
+    assert not fetching.search(page)
+    Tags().check(page)
+    for svg in re.findall(r"<svg.*?</svg>", page, flags=re.S):
+        ElementTree.fromstring(svg)
+    ids = re.findall(r' id="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+    for labels in re.findall(r'aria-labelledby="([^"]*)"', page):
+        assert set(labels.split()) <= set(ids)
+    return page
+
+
+class Tags(html.parser.HTMLParser):
+    """Checks that tags are closed in order."""
+
+    def check(self, page):
+        self.open = []
+        self.feed(page)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("meta", "link"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_of_a_run(tmp_path):
+    path = tmp_path / "my run ü" / "history.jsonl"
+    written(path, *(record(i) for i in range(1, 30)))
+    write_html(path, path.with_name("report.html"))
+    page = checked(path.with_name("report.html").read_text(encoding="utf-8"))
+    assert "<title>my run ü</title>" in page
+    assert re.findall(r"<h2[^>]*>([^<]*)", page) == [
+        "Loss and data floor",
+        "Step size and what limits it",
+        "Slope and curvature",
+        "Gradient correlation and batch size",
+        "The sandwich: energy, lo and hi",
+        "Conditions of convergence",
+        "The last values",
+    ]
+    for needed in ('lang="en"', 'name="viewport"', "prefers-color-scheme: dark", "Thm 3.6"):
+        assert needed in page
+    drawn = re.findall(r"<svg viewBox.*?</svg>", page, flags=re.S)
+    assert all("<title" in svg and "<desc" in svg for svg in drawn)
+    write_html(path, path.with_name("report.html"), title="another")
+    assert "<title>another</title>" in path.with_name("report.html").read_text(encoding="utf-8")
+
+
+def test_text_of_records_is_text_on_the_page():
+    records = [
+        {"step": 1, "loss": 0.5, NASTY: 1.5, "limited_by": NASTY, "step_size": 0.1, "run": NASTY},
+        {"step": 2, "loss": 0.5, NASTY: 2.5, f"limits/{NASTY}": 0.1, f"conditions/{NASTY}": NASTY},
+        {"step": 3, "note": "\x1b[31m\0\ud800"},
+    ]
+    apart = [{"run": NASTY, "loss": 0.0}, {"run": "b", "loss": 1.0}, {"run": "b", "loss": 2.0}]
+    assert "is 0 throughout" in page_module.page(of(apart), "in a note as well")
+    for some in (records, [r | {"run": i} for i, r in enumerate(records)], apart):
+        page = checked(page_module.page(of(some), NASTY))
+        assert "<script" not in page
+        assert "&lt;script&gt;alert" in page
+        assert not re.search("[\x00-\x08\x1b\ud800]", page)
+
+
+def test_half_a_surrogate_pair_does_not_keep_a_page_from_being_written(tmp_path):
+    path = tmp_path / "history.jsonl"
+    path.write_bytes(
+        HEADER + json.dumps({"step": 1, "loss": 1.0, "run": "\ud800"}).encode() + b"\n"
+    )
+    write_html(path, tmp_path / "page.html", title="\udfff")
+    assert (tmp_path / "page.html").read_bytes()
+
+
+def test_runs_of_one_history_share_charts_and_a_legend():
+    records = [
+        {"model": model, "seed": seed, "step": step, "loss": 1.0 + seed, "step_size": 0.1}
+        for model in ("mlp", "cnn")
+        for seed in (0, 1, 2)
+        for step in range(3)
+    ]
+    found = of(records)
+    charts = [chart for panel in panels(found) for chart in panel.charts]
+    assert [chart.title for chart in charts] == ["loss of the batch", "step size"]
+    assert [line.name for line in charts[0].lines] == [run.name for run in found.runs]
+    page = checked(page_module.page(found, "runs"))
+    legend = re.search(r'<ul class="legend">(.*?)</ul>', page, flags=re.S)[1]
+    assert re.findall(r"</svg>([^<]*)", legend) == ["mlp", "cnn"]
+    assert page.count("<tr>") == 7
+
+
+def test_a_floor_of_zero_is_told_and_not_drawn():
+    page = page_module.page(of([record(i, data_floor=0.0) for i in range(1, 5)]), "run")
+    assert "data floor is 0 throughout: below a logarithmic axis" in page
+
+
+def test_a_line_does_not_run_on_over_what_is_no_number():
+    losses = [1.0, 2.0, math.nan, 3.0, 4.0]
+    page = page_module.page(of([{"step": i, "loss": v} for i, v in enumerate(losses)]), "run")
+    (line,) = re.findall(r'<path class="l s0 d0" d="([^"]*)"/><circle', page)
+    assert line.count("M") == 2
+    assert "not a number: loss of the batch in 1 record<" in page
+
+
+def test_short_failures_of_a_condition_stay_to_be_seen():
+    records = [
+        {"step": i, "conditions/C1": "fails" if i == 4321 else "holds"} for i in range(100_000)
+    ]
+    page = page_module.page(of(records), "run")
+    (width,) = re.findall(r'<rect class="fails" x="[^"]*" y="[^"]*" width="([^"]*)"', page)[:1]
+    assert float(width) >= 2
+
+
+def test_the_page_does_not_take_the_place_of_the_history(tmp_path):
+    path = written(tmp_path / "history.jsonl", record(1))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="is the history itself"):
+        write_html(path, path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_the_page_appears_whole_or_not_at_all(tmp_path, monkeypatch, error):
+    path = written(tmp_path / "history.jsonl", record(1))
+    page = tmp_path / "page.html"
+    page.write_text("the one before")
+
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(type(error)):
+        write_html(path, page)
+    assert page.read_text() == "the one before"
+    assert {p.name for p in tmp_path.iterdir()} == {"history.jsonl", "page.html"}
+
+
+def test_a_real_run_fills_every_panel(tmp_path):
+    torch.manual_seed(0)
+    model, criterion = nn.Linear(4, 3), nn.CrossEntropyLoss(label_smoothing=0.1)
+    path = tmp_path / "history.jsonl"
+    optimizer = ConjSGD(
+        model.parameters(), model=model, loss=criterion, history=path, batch_rule="correlation"
+    )
+    x = torch.randn(32, 4)
+    for _ in range(30):
+        optimizer.zero_grad()
+        criterion(model(x), x[:, :3].argmax(1)).backward()
+        optimizer.step()
+    names = [panel.name for panel in panels(digest(path))]
+    assert names == [
+        "loss", "step", "curvature", "correlation", "sandwich", "conditions", "other"
+    ]  # fmt: skip
