@@ -233,6 +233,26 @@ def test_a_million_records_are_read_in_bounded_memory(tmp_path):
     assert "between 1 and 100" in page
 
 
+def test_of_a_large_file_some_records_are_read_and_it_says_so(tmp_path, monkeypatch):
+    path = written(tmp_path / "history.jsonl", *({"step": i, "loss": 1.0} for i in range(1000)))
+    size = path.stat().st_size
+    monkeypatch.setattr("conjopt.report.lines.LARGE", size // 4)
+    monkeypatch.setattr("conjopt.report.lines.BLOCK", 4096)
+    found = digest(path)
+    assert found.every == 5
+    assert 200 <= found.records <= 220
+    (run,) = found.runs
+    assert (run.first, run.last) == (0, 999)
+    assert run.series["loss"].x[:3].tolist() == [0, 5, 10]
+    assert "one in 5 of its records was read" in " ".join(sentences(found))
+    assert len(History.read(path)) == 1000
+    lines = path.read_bytes().split(b"\n")
+    lines[6] = b"[]".ljust(len(lines[6]))
+    path.write_bytes(b"\n".join(lines))
+    with pytest.raises(ValueError, match="line 7: expected one JSON object"):
+        digest(path)
+
+
 def test_records_one_by_one_are_taken_in_blocks(monkeypatch):
     sizes = []
     monkeypatch.setattr(Digest, "add", lambda self, records: sizes.append(len(records)))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from conjopt.report.digest import Digest, run_file
 from conjopt.report.html import page, run_name, write
-from conjopt.report.lines import Lines
+from conjopt.report.lines import Lines, one_in
 from conjopt.report.words import counted, headline, sentences
 
 __all__ = ["ReportError", "run"]
@@ -100,7 +100,7 @@ def _follow(lines: Lines, found: Digest, html: Path | None) -> None:
 
 def _opened(path: Path) -> Lines:
     try:
-        return Lines(path)
+        return Lines(path, every=one_in(path))
     except (OSError, ValueError) as error:
         raise _no_report(path, error) from error
 
@@ -111,7 +111,7 @@ def _read(lines: Lines, found: Digest, *, growing: bool) -> None:
             found.add(block)
     except (OSError, ValueError) as error:
         raise _no_report(lines.path, error) from error
-    found.cut = lines.cut and not growing
+    found.cut, found.every = lines.cut and not growing, lines.every
 
 
 def _write(found: Digest, path: Path, html: Path | None) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from conjopt.report.history import History
-from conjopt.report.lines import Lines, Value
+from conjopt.report.lines import Lines, Value, one_in
 from conjopt.report.series import POINTS, Numbers, Series
 
 __all__ = ["CONDITION_STATES", "LABELS", "Digest", "Run", "digest", "run_file"]
@@ -96,6 +96,7 @@ class Digest:
         records: how many came.
         runs: in order of appearance.
         cut: whether the file ends in the middle of a line.
+        every: one in so many records of the file came.
         left_out: series that there were too many of.
         latest: the run of the last record.
 
@@ -111,6 +112,7 @@ class Digest:
         self.points = points
         self.records = 0
         self.cut = False
+        self.every = 1
         self.left_out = 0
         self.latest: Run | None = None
         self._runs: dict[tuple[Any, ...], list[Run]] = {}
@@ -246,7 +248,9 @@ def digest(
             return found
         source = source.path
     if isinstance(source, str | os.PathLike):
-        with Lines(run_file(source)) as lines:
+        path = run_file(source)
+        found.every = one_in(path)
+        with Lines(path, every=found.every) as lines:
             for block in lines.blocks():
                 found.add(block)
             found.cut = lines.cut

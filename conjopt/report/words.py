@@ -136,6 +136,11 @@ def _troubles(run: Run) -> list[str]:
 
 def _of_file(found: Digest) -> list[str]:
     told = []
+    if found.every > 1:
+        told.append(
+            f"The file is large, so one in {found.every} of its records was read: counts are of "
+            "these, and a spike of a single record may be missing."
+        )
     if found.cut:
         told.append(
             "The file ends in the middle of a line: it was cut by a crash, or is being written. "
