@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from conjopt.measure.last_layer import empty_output, is_empty
 from conjopt.measure.layers.layout import Samples
-from conjopt.measure.layers.pieces import Piece, batch_gram, sample_gram
+from conjopt.measure.layers.pieces import Piece
 from conjopt.measure.layers.tape import (
     Arguments,
     Tape,
@@ -27,7 +27,7 @@ from conjopt.measure.layers.tape import (
     number_of_samples,
     places_of_inputs,
 )
-from conjopt.measure.replay import RandomState, Replay
+from conjopt.measure.layers.totals import GramTotal
 from conjopt.potentials import Potential
 
 __all__ = ["batch_structure_matrix", "extreme_eigenvalues", "structure_matrix", "tangent_basis"]
@@ -97,9 +97,9 @@ def structure_matrix(
         return batch.empty()
     parts, tape = batch.plan()
     if len(parts) == 1:
-        found = batch.gram(tape or batch.forward(parts), sample_gram)
+        found = batch.gram(tape or batch.forward(parts))
     else:
-        found = torch.cat([batch.gram(batch.forward([part]), sample_gram) for part in parts])
+        found = torch.cat([batch.gram(batch.forward([part])) for part in parts])
     _check(model, inputs, "structure_matrix")
     return found
 
@@ -138,11 +138,11 @@ def batch_structure_matrix(
         return batch.empty().reshape(0, 0)
     parts, tape = batch.plan(at_once=2)
     if len(parts) == 1:
-        found = batch.gram(tape or batch.forward(parts), batch_gram)
+        found = batch.gram(tape or batch.forward(parts), across=True)
         return found.flatten(2).flatten(0, 1)
     blocks: dict[tuple[int, int], Tensor] = {}
     for i, j in itertools.combinations(range(len(parts)), 2):
-        gram = batch.gram(batch.forward([parts[i], parts[j]]), batch_gram)
+        gram = batch.gram(batch.forward([parts[i], parts[j]]), across=True)
         place = {i: slice(len(parts[i])), j: slice(len(parts[i]), None)}
         for a, b in itertools.product((i, j), repeat=2):
             if (a, b) not in blocks:
@@ -296,16 +296,8 @@ class _Batch:
         if sum(map(len, parts)) < self.samples:
             args, kwargs = self._taken(parts)
         model = getattr(self.model, "_orig_mod", self.model)
-        before = Replay.random_state(model)
-
-        def compare(*_: Any) -> None:
-            self._draws = not _equal(before, Replay.random_state(model))
-
-        handle = model.register_forward_hook(compare)
-        try:
-            tape = Tape(model, Arguments(args, kwargs))
-        finally:
-            handle.remove()
+        tape = Tape(model, Arguments(args, kwargs))
+        self._draws = tape.draws
         output = tape.only_output()
         if output.device.type == "cpu" and not output.isfinite().all():
             bad = int((~output.detach().isfinite()).flatten(1).any(1).sum())
@@ -330,20 +322,19 @@ class _Batch:
         taken: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(take, (self.args, self.kwargs))
         return taken
 
-    def gram(self, tape: Tape, inner_products: Callable[[Sequence[Piece]], Tensor]) -> Tensor:
-        """Sum the inner products over the parameters."""
+    def gram(self, tape: Tape, *, across: bool = False) -> Tensor:
+        """Sum the inner products over the parameters: within each sample, or across the batch."""
         output = tape.only_output()
         basis, dtype = self._basis(output), _at_least_float32(output)
         m, d = tape.samples, len(basis)
-        shape = (m, d, d) if inner_products is sample_gram else (m, d, m, d)
-        total = torch.zeros(shape, dtype=dtype, device=output.device)
+        total = GramTotal(across, m, d, dtype, output.device)
         if d == 0 or not output.requires_grad:
-            return total
-        cotangents = [[row.reshape(output.shape[1:]).expand_as(output)] for row in basis]
+            return total.result()
+        cotangents = basis.reshape(d, 1, *output.shape[1:]).expand(d, *output.shape)
         with torch.no_grad():
             for _, pieces in tape.pull([output], cotangents):
-                total = total + inner_products([_cast(piece, dtype) for piece in pieces])
-        return total
+                total.add([_cast(piece, dtype) for piece in pieces])
+            return total.result()
 
     def _basis(self, output: Tensor) -> Tensor:
         try:
@@ -381,7 +372,3 @@ def _cast(piece: Piece, dtype: torch.dtype) -> Piece:
         and value.dtype != dtype
     }
     return dataclasses.replace(fields, **changed) if changed else piece
-
-
-def _equal(a: RandomState, b: RandomState) -> bool:
-    return torch.equal(a[0], b[0]) and all(torch.equal(a[1][d], b[1][d]) for d in a[1])
