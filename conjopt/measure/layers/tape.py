@@ -25,7 +25,7 @@ from conjopt.measure.replay import Replay, refuse_reentrant, renormalised
 
 __all__ = ["LITTLE", "Arguments", "Tape", "as_arguments", "number_of_samples", "refuse_mixed"]
 
-LITTLE = 2**20  # elements arriving at layers up to which calls are dear, and memory is not
+LITTLE = 2**21  # elements arriving at layers up to which calls are dear, and memory is not
 
 
 @dataclasses.dataclass(frozen=True)
