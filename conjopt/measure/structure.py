@@ -1,7 +1,8 @@
 """Structure matrices and their extreme eigenvalues (Thm 2.1 and 2.4).
 
-The Jacobians of the outputs are never formed: vectors of a basis of the outputs are pulled back to
-the layers, and only inner products of what arrives there are taken (`conjopt.measure.layers`).
+The Jacobians of the outputs are not formed: vectors of a basis of the outputs are pulled back to
+the layers, and only inner products of what arrives there are taken (`conjopt.measure.layers`). For
+small models there is a shorter way (`conjopt.measure.dense`).
 """
 
 from __future__ import annotations
