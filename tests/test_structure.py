@@ -160,9 +160,14 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
     assert (found - expected).norm() <= 1e-12 * expected.norm()
 
 
+@pytest.mark.parametrize("few", [0, 10**9])  # through factors, or all gradients side by side
 @pytest.mark.parametrize("m", [1, 2, 4])
 @pytest.mark.parametrize("name", MODELS)
-def test_structure_matrices_are_those_of_the_dense_jacobian(name: str, m: int):
+def test_structure_matrices_are_those_of_the_dense_jacobian(
+    name: str, m: int, few: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("conjopt.measure.layers.totals.FEW", few)
+    monkeypatch.setattr("conjopt.measure.layers.tape.LITTLE", few)
     model, inputs = make(name, m)
     J = jacobians(model, inputs)
     for memory in (2**28, 1):

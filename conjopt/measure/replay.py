@@ -88,6 +88,30 @@ class Replay:
             >>> [output.shape for output in replay.run({"bias": torch.zeros(3)})]
             [torch.Size([4, 3])]
         """
+        return self._run(parameters, copy)[0]
+
+    def run_telling_draws(
+        self, parameters: Mapping[str, Tensor], *, copy: bool = True
+    ) -> tuple[list[Tensor | None], bool]:
+        """The same as `run`, and whether the model drew random numbers.
+
+        Args:
+            parameters: see `run`.
+            copy: see `run`.
+
+        Example:
+            >>> model, inputs = nn.Dropout(0.5), (torch.ones(4, 2),)
+            >>> replay = Replay(model, inputs, {}, Replay.random_state(model))
+            >>> _, draws = replay.run_telling_draws({})
+            >>> draws
+            True
+        """
+        outputs, draws = self._run(parameters, copy, tell_draws=True)
+        return outputs, draws is True
+
+    def _run(
+        self, parameters: Mapping[str, Tensor], copy: bool, tell_draws: bool = False
+    ) -> tuple[list[Tensor | None], bool | None]:
         # torch.compile's wrapper, if any, is taken off: forward mode cannot go through it.
         model: Any = self.model
         if hasattr(model, "_orig_mod"):
@@ -110,13 +134,22 @@ class Replay:
             try:
                 tensors = {**buffers, **parameters}
                 with moved_in_place(model, tensors) as rest:
-                    output = functional_call(model, dict(rest), args, kwargs, strict=False)
+                    output = _called(model, dict(rest), args, kwargs)
             finally:
                 REPLAYING.reset(token)
-        return [
+            draws = self._moved() if tell_draws else None
+        leaves = [
             leaf if isinstance(leaf, Tensor) and leaf.is_floating_point() else None
             for leaf in tree_leaves(output)
         ]
+        return leaves, draws
+
+    def _moved(self) -> bool:
+        """Whether the generators are in another state than before the forward."""
+        cpu, others = self.random
+        return not torch.equal(torch.get_rng_state(), cpu) or not all(
+            torch.equal(torch.cuda.get_rng_state(device), state) for device, state in others.items()
+        )
 
     def pull(
         self, cotangents: Mapping[int, Tensor], parameters: Mapping[str, Tensor]
@@ -240,6 +273,16 @@ def _uncached() -> Iterator[None]:
         yield
     finally:
         parametrize._cache_enabled = before
+
+
+def _called(
+    model: nn.Module, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Call a model with other parameters and buffers than its own."""
+    # With none to replace it is a plain call, but for those that functional_call refuses.
+    if not tensors and not isinstance(model, torch.jit.ScriptModule | nn.DataParallel):
+        return model(*args, **kwargs)
+    return functional_call(model, tensors, args, kwargs, strict=False)
 
 
 def _cloned(leaf: Any) -> Any:

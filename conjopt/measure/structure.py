@@ -1,7 +1,8 @@
 """Structure matrices and their extreme eigenvalues (Thm 2.1 and 2.4).
 
-The Jacobians of the outputs are never formed: vectors of a basis of the outputs are pulled back to
-the layers, and only inner products of what arrives there are taken (`conjopt.measure.layers`).
+The Jacobians of the outputs are not formed: vectors of a basis of the outputs are pulled back to
+the layers, and only inner products of what arrives there are taken (`conjopt.measure.layers`). For
+small models there is a shorter way (`conjopt.measure.dense`).
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
-from conjopt.measure.last_layer import empty_output, is_empty
+from conjopt.measure.dense import Shortcut
+from conjopt.measure.last_layer import empty_output
 from conjopt.measure.layers.layout import Samples
-from conjopt.measure.layers.pieces import Piece, batch_gram, sample_gram
+from conjopt.measure.layers.pieces import Piece
 from conjopt.measure.layers.tape import (
     Arguments,
     Tape,
@@ -27,7 +29,8 @@ from conjopt.measure.layers.tape import (
     number_of_samples,
     places_of_inputs,
 )
-from conjopt.measure.replay import RandomState, Replay
+from conjopt.measure.layers.totals import GramTotal
+from conjopt.measure.tangent import basis_like, tangent_basis
 from conjopt.potentials import Potential
 
 __all__ = ["batch_structure_matrix", "extreme_eigenvalues", "structure_matrix", "tangent_basis"]
@@ -93,15 +96,19 @@ def structure_matrix(
         torch.Size([1, 1, 1])
     """
     batch = _Batch("structure_matrix", model, inputs, potential, memory)
-    if is_empty(inputs):
+    if not batch.samples:
         return batch.empty()
-    parts, tape = batch.plan()
-    if len(parts) == 1:
-        found = batch.gram(tape or batch.forward(parts), sample_gram)
-    else:
-        found = torch.cat([batch.gram(batch.forward([part]), sample_gram) for part in parts])
-    _check(model, inputs, "structure_matrix")
-    return found
+
+    def through_layers() -> Tensor:
+        parts, tape = batch.plan()
+        if len(parts) == 1:
+            found = batch.gram(tape or batch.forward(parts))
+        else:
+            found = torch.cat([batch.gram(batch.forward([part])) for part in parts])
+        _check(model, inputs, "structure_matrix")
+        return found
+
+    return batch.shortest(through_layers, lambda J: J @ J.mT)
 
 
 def batch_structure_matrix(
@@ -134,15 +141,24 @@ def batch_structure_matrix(
                 [ 3., 25.]])
     """
     batch = _Batch("batch_structure_matrix", model, inputs, potential, memory)
-    if is_empty(inputs):
+    if not batch.samples:
         return batch.empty().reshape(0, 0)
-    parts, tape = batch.plan(at_once=2)
-    if len(parts) == 1:
-        found = batch.gram(tape or batch.forward(parts), batch_gram)
+
+    def through_layers() -> Tensor:
+        parts, tape = batch.plan(at_once=2)
+        if len(parts) > 1:
+            return _in_pairs(batch, parts)
+        found = batch.gram(tape or batch.forward(parts), across=True)
         return found.flatten(2).flatten(0, 1)
+
+    return batch.shortest(through_layers, lambda J: J.flatten(0, 1) @ J.flatten(0, 1).T)
+
+
+def _in_pairs(batch: _Batch, parts: Sequence[range]) -> Tensor:
+    """Return the structure matrix of a batch, `(m d, m d)`, two parts at a time."""
     blocks: dict[tuple[int, int], Tensor] = {}
     for i, j in itertools.combinations(range(len(parts)), 2):
-        gram = batch.gram(batch.forward([parts[i], parts[j]]), batch_gram)
+        gram = batch.gram(batch.forward([parts[i], parts[j]]), across=True)
         place = {i: slice(len(parts[i])), j: slice(len(parts[i]), None)}
         for a, b in itertools.product((i, j), repeat=2):
             if (a, b) not in blocks:
@@ -198,52 +214,17 @@ def extreme_eigenvalues(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values[..., 0], values[..., -1]
 
 
-def tangent_basis(
-    shape: Sequence[int],
-    potential: Potential | None = None,
-    *,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """Return an orthonormal basis of the tangent space `V` of one sample's outputs.
-
-    Args:
-        shape: Of the outputs of one sample, `k` numbers; on the simplex the classes come first.
-        potential: Of the loss; without one, and off the simplex, `V` is all of `R^k`.
-        device: Of the result.
-
-    Returns:
-        Shape `(d, k)`, in float64. On the simplex, `d = (C - 1) T` for `C` classes at `T` places:
-        contrasts of each class with the ones before it, and within a contrast the places in order.
-
-    Raises:
-        ValueError: If a potential on the simplex finds no dimension of classes.
-
-    Example:
-        >>> from conjopt.measure.structure import tangent_basis
-        >>> from conjopt.potentials import Softmax
-        >>> tangent_basis((2,), Softmax())
-        tensor([[ 0.7071, -0.7071]], dtype=torch.float64)
-    """
-    options: Any = {"dtype": torch.float64, "device": device}
-    if potential is None or not potential.on_simplex:
-        return torch.eye(math.prod(shape), **options)
-    if not shape:
-        raise ValueError(
-            f"the outputs have no dimension of classes, which {potential!r} needs: expected "
-            "(N, C) or (N, C, d1, ...)"
-        )
-    classes, places = shape[0], math.prod(shape[1:])
-    number = torch.arange(classes, **options)
-    rank = number[1:].unsqueeze(1)  # of the contrast: so many classes come before its own
-    contrasts = ((number < rank).to(rank) - rank * (number == rank)) / (rank * (rank + 1)).sqrt()
-    return torch.kron(contrasts, torch.eye(places, **options))
-
-
 def _check(model: nn.Module, inputs: Any, name: str) -> None:
     from conjopt.measure.checking import first_use_check  # which measures, too
 
     if any(parameter.requires_grad for parameter in model.parameters()):
         first_use_check(model, inputs, name=name)
+
+
+def _checking() -> bool:
+    from conjopt.measure.comparing import CHECKING  # which measures, too
+
+    return CHECKING.get()
 
 
 class _Batch:
@@ -263,9 +244,11 @@ class _Batch:
         self.args, self.kwargs = as_arguments(inputs)
         leaves = tree_leaves((self.args, self.kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        self.samples = 0 if is_empty(inputs) else number_of_samples(tensors)
+        self.samples = number_of_samples(tensors)
         self._large = sum(tensor.numel() for tensor in tensors) > _LARGE
         self._draws = False
+        self._like: Tensor | None = None  # like the outputs
+        self._attends = False
         self._places: list[Samples | None] | None = None
 
     def empty(self) -> Tensor:
@@ -290,23 +273,57 @@ class _Batch:
         ends = [i * m // number for i in range(number + 1)]
         return [range(*pair) for pair in itertools.pairwise(ends)], None
 
+    def shortest(
+        self, through_layers: Callable[[], Tensor], product: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Take the shortcut of small models where it is open, and find out where it may be."""
+        (x, *others), m = self.args or (None,), self.samples
+        plain = type(x) is Tensor and not others and not self.kwargs and x.shape[:1] == (m,)
+        shortcut = Shortcut(self.name, self.model, x) if plain and not _checking() else None
+        if shortcut is None:
+            return through_layers()
+        if (like := shortcut.like) is not None:
+            found = self._by_jacobian(shortcut, shortcut.jacobian, like, product)
+            return through_layers() if found is None else found
+        result = through_layers()
+        if shortcut.untried and (like := self._like) is not None:
+            agrees = False
+            if not self._draws and shortcut.fits(like, attending=self._attends):
+                found = self._by_jacobian(shortcut, shortcut.tried, like, product)
+                eps = torch.finfo(like.dtype).eps
+                agrees = found is not None and _same(found, result, eps)
+                if shortcut.keeps():
+                    through_layers()  # which leaves plain tensors
+            shortcut.settle(like if agrees else None)
+        return result
+
+    def _by_jacobian(
+        self,
+        shortcut: Shortcut,
+        jacobian: Callable[[Tensor, Tensor], Tensor | None],
+        like: Tensor,
+        product: Callable[[Tensor], Tensor],
+    ) -> Tensor | None:
+        """Multiply the whole Jacobian with itself, if it has entries and there is memory for it."""
+        basis = self._basis(like)
+        # The parts, the whole, and as much again in between.
+        if not len(basis) or 4 * shortcut.elements(len(basis)) * like.itemsize > self.memory:
+            return None
+        with torch.no_grad():
+            J = jacobian(basis, like)
+            return None if J is None else product(J.to(_at_least_float32(like)))
+
     def forward(self, parts: Sequence[range]) -> Tape:
         """Run the model on parts of the batch."""
         args, kwargs = self.args, self.kwargs
         if sum(map(len, parts)) < self.samples:
             args, kwargs = self._taken(parts)
         model = getattr(self.model, "_orig_mod", self.model)
-        before = Replay.random_state(model)
-
-        def compare(*_: Any) -> None:
-            self._draws = not _equal(before, Replay.random_state(model))
-
-        handle = model.register_forward_hook(compare)
-        try:
-            tape = Tape(model, Arguments(args, kwargs))
-        finally:
-            handle.remove()
+        tape = Tape(model, Arguments(args, kwargs))
+        self._draws = tape.draws
         output = tape.only_output()
+        self._attends = any(use.function is F.multi_head_attention_forward for use in tape.uses)
+        self._like = output.new_empty(()).expand(self.samples, *output.shape[1:])
         if output.device.type == "cpu" and not output.isfinite().all():
             bad = int((~output.detach().isfinite()).flatten(1).any(1).sum())
             raise ValueError(
@@ -330,27 +347,25 @@ class _Batch:
         taken: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(take, (self.args, self.kwargs))
         return taken
 
-    def gram(self, tape: Tape, inner_products: Callable[[Sequence[Piece]], Tensor]) -> Tensor:
-        """Sum the inner products over the parameters."""
+    def gram(self, tape: Tape, *, across: bool = False) -> Tensor:
+        """Sum the inner products over the parameters: within each sample, or across the batch."""
         output = tape.only_output()
         basis, dtype = self._basis(output), _at_least_float32(output)
         m, d = tape.samples, len(basis)
-        shape = (m, d, d) if inner_products is sample_gram else (m, d, m, d)
-        total = torch.zeros(shape, dtype=dtype, device=output.device)
+        total = GramTotal(across, m, d, dtype, output.device)
         if d == 0 or not output.requires_grad:
-            return total
-        cotangents = [[row.reshape(output.shape[1:]).expand_as(output)] for row in basis]
+            return total.result()
+        cotangents = basis.reshape(d, 1, *output.shape[1:]).expand(d, *output.shape)
         with torch.no_grad():
             for _, pieces in tape.pull([output], cotangents):
-                total = total + inner_products([_cast(piece, dtype) for piece in pieces])
-        return total
+                total.add([_cast(piece, dtype) for piece in pieces])
+            return total.result()
 
     def _basis(self, output: Tensor) -> Tensor:
         try:
-            basis = tangent_basis(output.shape[1:], self.potential, device=output.device)
+            return basis_like(output, self.potential)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}, got {tuple(output.shape)}") from None
-        return basis.to(output.dtype)
 
     def _bytes(self, tape: Tape) -> int:
         """Estimate what the gradients of the layers take."""
@@ -367,6 +382,14 @@ def bytes_by_cotangent(tape: Tape) -> int:
     return max(1, elements * _at_least_float32(tape.only_output()).itemsize)
 
 
+def _same(found: Tensor, expected: Tensor, eps: float) -> bool:
+    """Whether two results agree, the largest difference to half of the digits of the largest."""
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    apart, size = (found - expected).abs().max(), expected.abs().max()
+    return bool(apart <= math.sqrt(eps) * size)
+
+
 def _at_least_float32(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
@@ -381,7 +404,3 @@ def _cast(piece: Piece, dtype: torch.dtype) -> Piece:
         and value.dtype != dtype
     }
     return dataclasses.replace(fields, **changed) if changed else piece
-
-
-def _equal(a: RandomState, b: RandomState) -> bool:
-    return torch.equal(a[0], b[0]) and all(torch.equal(a[1][d], b[1][d]) for d in a[1])

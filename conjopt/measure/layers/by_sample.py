@@ -21,12 +21,16 @@ class _DoesNotFit(Exception):
     """A call for one sample returned another shape than its part of the result."""
 
 
-def by_sample(use: Use, cotangents: Sequence[Tensor | None]) -> list[tuple[Tensor, Piece]]:
+def by_sample(
+    use: Use, cotangents: Sequence[Tensor | None], *, nested: bool = False
+) -> list[tuple[Tensor, Piece]]:
     """Vector-Jacobian products of one sample at a time, vectorised where torch can.
 
     Args:
         use: The call.
         cotangents: For each tensor that it returned, `(k, *shape)` or `None`.
+        nested: Whether to vectorise over the cotangents, too, within the samples. Nested, not every
+            function is vectorised rightly (prelu is not, in torch 2.13): only for those that are.
 
     Returns:
         The weights with the gradients themselves.
@@ -81,7 +85,7 @@ def by_sample(use: Use, cotangents: Sequence[Tensor | None]) -> list[tuple[Tenso
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-            gradients = _vectorised(run, weights, slices, pulled)
+            gradients = _vectorised(run, weights, slices, pulled, nested)
     except _DoesNotFit:
         return _masked(use, leaves, spec, cotangents)
     except (RuntimeError, NotImplementedError, ValueError):
@@ -97,12 +101,13 @@ def by_sample(use: Use, cotangents: Sequence[Tensor | None]) -> list[tuple[Tenso
 
 
 def _vectorised(
-    run: Any, weights: list[Tensor], slices: list[Tensor], pulled: list[Tensor]
+    run: Any, weights: list[Tensor], slices: list[Tensor], pulled: list[Tensor], nested: bool
 ) -> list[Tensor]:
     def one(sample: list[Tensor], cotangent: list[Tensor]) -> tuple[Tensor, ...]:
         vjp: Any = torch.func.vjp(lambda *w: run(list(w), sample), *weights)
         _, pull = vjp
-        # No second vmap over the cotangents: nested, that of prelu is silently wrong (torch 2.13).
+        if nested and k > 1:
+            return tuple(torch.func.vmap(pull)(cotangent))
         columns = [pull([c[j] for c in cotangent]) for j in range(k)]
         return tuple(torch.stack(column) for column in zip(*columns, strict=True))
 

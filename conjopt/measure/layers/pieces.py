@@ -22,8 +22,10 @@ __all__ = [
     "Outer",
     "Piece",
     "batch_gram",
+    "joined",
     "norms_and_sum",
     "sample_gram",
+    "slabs",
     "squared_norms",
     "sum_of",
 ]
@@ -171,7 +173,7 @@ def squared_norms(pieces: Sequence[Piece]) -> Tensor:
     Args:
         pieces: What the uses of the parameter give, with `k = 1`; their sum is the gradient.
     """
-    merged = _merged(pieces)
+    merged = joined(pieces)
     if len(merged) != 1 or isinstance(merged[0], Lookup):
         return sample_gram(merged)[:, 0, 0]
     (piece,) = merged
@@ -186,7 +188,7 @@ def squared_norms(pieces: Sequence[Piece]) -> Tensor:
     if t * (q + p) <= 1.2 * q * p:  # about where it pays on a CPU
         return ((left @ left.mT) * (right @ right.mT)).sum((1, 2, 3))
     total: Tensor | int = 0
-    for slab in _slabs(merged):
+    for slab in slabs(merged):
         total = total + torch.linalg.vector_norm(slab[0].flatten(1), dim=1).square()
     assert isinstance(total, Tensor)
     return total
@@ -234,7 +236,7 @@ def sample_gram(pieces: Sequence[Piece]) -> Tensor:
     Args:
         pieces: What the uses of the parameter give; their sum is the gradient.
     """
-    merged = _merged(pieces)
+    merged = joined(pieces)
     if len(merged) == 1 and isinstance(merged[0], Outer):
         return _outer_gram(merged[0])
     if len(merged) == 1 and isinstance(merged[0], Lookup):
@@ -245,7 +247,7 @@ def sample_gram(pieces: Sequence[Piece]) -> Tensor:
         assert isinstance(dense, Outer)
         return _lookup_gram(table) + _outer_gram(dense) + 2 * _cross(table, dense)
     total: Tensor | int = 0
-    for slab in _slabs(merged):
+    for slab in slabs(merged):
         x = slab.flatten(2).transpose(0, 1)  # (m, k, coordinates)
         total = total + x @ x.mT
     assert isinstance(total, Tensor)
@@ -258,7 +260,7 @@ def batch_gram(pieces: Sequence[Piece]) -> Tensor:
     Args:
         pieces: What the uses of the parameter give; their sum is the gradient.
     """
-    merged = _merged(pieces)
+    merged = joined(pieces)
     k, m, *_ = merged[0].sizes
     if len(merged) == 1 and isinstance(merged[0], Outer) and merged[0].left.shape[3] == 1:
         left, right = (
@@ -274,15 +276,19 @@ def batch_gram(pieces: Sequence[Piece]) -> Tensor:
             grams.append(gram)
         return (grams[0] * grams[1]).sum(0)
     total: Tensor | int = 0
-    for slab in _slabs(merged):
+    for slab in slabs(merged):
         x = slab.flatten(2).transpose(0, 1).flatten(0, 1)  # (m k, coordinates)
         total = total + x @ x.T
     assert isinstance(total, Tensor)
     return total.reshape(m, k, m, k)
 
 
-def _merged(pieces: Sequence[Piece]) -> list[Piece]:
-    """Join pieces of one kind: sums of outer products by their places, dense ones by addition."""
+def joined(pieces: Sequence[Piece]) -> list[Piece]:
+    """Join pieces of one kind: sums of outer products by their places, dense ones by addition.
+
+    Args:
+        pieces: What the uses of a parameter give.
+    """
     if len(pieces) == 1:
         return list(pieces)
     outers = [piece for piece in pieces if isinstance(piece, Outer)]
@@ -307,8 +313,12 @@ def _merged(pieces: Sequence[Piece]) -> list[Piece]:
     return merged
 
 
-def _slabs(pieces: Sequence[Piece]) -> Iterator[Tensor]:
-    """Yield the gradients in ranges of their coordinates, `(k, m, g, rows, p)`, within budget."""
+def slabs(pieces: Sequence[Piece]) -> Iterator[Tensor]:
+    """Yield the gradients in ranges of their coordinates, `(k, m, g, rows, p)`, within budget.
+
+    Args:
+        pieces: Of different kinds; their sum is the gradient.
+    """
     k, m, g, q, p = pieces[0].sizes
     if all(isinstance(piece, Dense) for piece in pieces):
         yield pieces[0].slab(0, q)
@@ -355,7 +365,7 @@ def _outer_gram(piece: Outer) -> Tensor:
         left, right, q, p = right, left, p, q
     if both or not through_places(len(left), t, q, p):
         total: Tensor | int = 0
-        for slab in _slabs([piece]):
+        for slab in slabs([piece]):
             x = slab.flatten(2).transpose(0, 1)
             total = total + x @ x.mT
         assert isinstance(total, Tensor)

@@ -320,7 +320,7 @@ def _recurrent(use: Use, cotangents: Cotangents) -> Found | None:
             "model.eval() first, or set its dropout to 0."
         )
     with switched_off(torch.backends.mkldnn), switched_off(torch.backends.cudnn):
-        return by_sample(use, cotangents)
+        return by_sample(use, cotangents, nested=True)
 
 
 def _recurrent_layout(
@@ -345,7 +345,7 @@ def _attention(use: Use, cotangents: Cotangents) -> Found | None:
             "its dropout to 0."
         )
     with sdpa_kernel(SDPBackend.MATH):  # the only one that is vectorised over samples
-        return by_sample(use, cotangents)
+        return by_sample(use, cotangents, nested=True)
 
 
 def _attention_layout(

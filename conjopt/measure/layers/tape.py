@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,9 @@ from conjopt.measure.layers.rules import pieces_of
 from conjopt.measure.layers.uses import Recorder, Use
 from conjopt.measure.replay import Replay, refuse_reentrant, renormalised
 
-__all__ = ["Arguments", "Tape", "as_arguments", "number_of_samples", "refuse_mixed"]
+__all__ = ["LITTLE", "Arguments", "Tape", "as_arguments", "number_of_samples", "refuse_mixed"]
+
+LITTLE = 2**21  # elements arriving at layers up to which calls are dear, and memory is not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Tape:
     Attributes:
         outputs: The tensors that it returned, with their graph.
         samples: `m`.
+        draws: Whether it drew random numbers.
 
     Raises:
         ValueError: If the inputs have no samples.
@@ -73,7 +77,7 @@ class Tape:
         where = places_of_inputs(model, args, kwargs, self.samples)
         self._recorder = Recorder(every, tensors, constants_of(model), self.samples, where)
         with torch.enable_grad(), self._recorder:
-            outputs = replay.run(copies, copy=False)
+            outputs, self.draws = replay.run_telling_draws(copies, copy=False)
         self.outputs = [output for output in outputs if output is not None]
         refuse_reentrant(self.outputs)
         if self.samples:
@@ -104,13 +108,13 @@ class Tape:
         return self._recorder.uses
 
     def pull(
-        self, roots: Sequence[Tensor], cotangents: Sequence[Sequence[Tensor | None]]
+        self, roots: Sequence[Tensor], cotangents: Tensor | Sequence[Sequence[Tensor | None]]
     ) -> Iterator[tuple[str, list[Piece]]]:
         """Pull cotangents back, and yield what each parameter's gradients are made of.
 
         Args:
             roots: Tensors that were computed from the outputs.
-            cotangents: `k` lists, each with one for each root.
+            cotangents: `k` lists, each with one for each root; or, for one root, `(k, *shape)`.
 
         Yields:
             The name of a parameter, and the pieces of its gradients.
@@ -122,7 +126,8 @@ class Tape:
         later = Counter(id(weight) for use in self.uses for weight in use.weights)
         shared = {id(base) for bases in self._recorder.bases.values() for base in bases}
         found: dict[int, list[Piece]] = {}
-        arriving = _pulled(roots, edges, cotangents)[::-1]
+        elements = sum(math.prod(shape) for use in self.uses for shape in use.shapes)
+        arriving = _pulled(roots, edges, cotangents, elements)[::-1]
         for use in self.uses:
             mine = [None if edge is None else arriving.pop() for edge in use.edges]
             if any(cotangent is not None for cotangent in mine):
@@ -218,29 +223,33 @@ def through(made: Tensor, bases: list[Tensor], piece: Piece) -> Iterator[tuple[T
 def _pulled(
     roots: Sequence[Tensor],
     edges: Sequence[GradientEdge],
-    cotangents: Sequence[Sequence[Tensor | None]],
+    cotangents: Tensor | Sequence[Sequence[Tensor | None]],
+    elements: int,
 ) -> list[Tensor | None]:
-    """Pull cotangents back to edges, `(k, *shape)` each: all at once where torch can."""
-    wanted = [i for i in range(len(roots)) if cotangents[0][i] is not None]
-    if len(cotangents) > 1 and all(c[i] is not None for c in cotangents for i in wanted):
-        stacked = [torch.stack([g for c in cotangents if (g := c[i]) is not None]) for i in wanted]
+    """Pull cotangents back to edges, `(k, *shape)` each: all at once where torch can.
+
+    At the edges arrive so many elements for each cotangent.
+    """
+    stacked: list[Tensor] = []
+    if isinstance(cotangents, Tensor):
+        wanted, stacked = [0], [cotangents]
+    else:
+        wanted = [i for i in range(len(roots)) if cotangents[0][i] is not None]
+        if len(cotangents) > 1 and all(c[i] is not None for c in cotangents for i in wanted):
+            stacked = [
+                torch.stack([g for c in cotangents if (g := c[i]) is not None]) for i in wanted
+            ]
+    if len(cotangents) > 1 and stacked:
         with contextlib.suppress(RuntimeError), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-            return list(
-                torch.autograd.grad(
-                    [roots[i] for i in wanted],
-                    edges,
-                    stacked,
-                    retain_graph=True,
-                    allow_unused=True,
-                    is_grads_batched=True,
-                )
-            )
+            batched = _vectorised if len(cotangents) * elements <= LITTLE else _at_once
+            return batched([roots[i] for i in wanted], edges, stacked)
+    each = [[c] for c in cotangents] if isinstance(cotangents, Tensor) else cotangents
     columns = [
         torch.autograd.grad(
             list(roots), edges, list(cotangent), retain_graph=True, allow_unused=True
         )
-        for cotangent in cotangents
+        for cotangent in each
     ]
     by_edge: list[Tensor | None] = []
     for gradients in zip(*columns, strict=True):
@@ -250,6 +259,35 @@ def _pulled(
             if live
             else None
         )
+    return by_edge
+
+
+def _at_once(
+    roots: list[Tensor], edges: Sequence[GradientEdge], stacked: list[Tensor]
+) -> list[Tensor | None]:
+    """Pull stacked cotangents back; convolutions and pooling are called once for each of them."""
+    return list(
+        torch.autograd.grad(
+            roots, edges, stacked, retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+    )
+
+
+def _vectorised(
+    roots: list[Tensor], edges: Sequence[GradientEdge], stacked: list[Tensor]
+) -> list[Tensor | None]:
+    """Pull stacked cotangents back, all in one call of each function, for more memory."""
+    live: list[int] = []
+
+    def pull(*cotangents: Tensor) -> tuple[Tensor, ...]:
+        found = torch.autograd.grad(roots, edges, cotangents, retain_graph=True, allow_unused=True)
+        live.extend(i for i, g in enumerate(found) if g is not None)
+        return tuple(g for g in found if g is not None)
+
+    found = torch.func.vmap(pull)(*stacked)
+    by_edge: list[Tensor | None] = [None] * len(edges)
+    for i, gradient in zip(live, found, strict=True):
+        by_edge[i] = gradient
     return by_edge
 
 

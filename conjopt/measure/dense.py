@@ -1,0 +1,248 @@
+"""Structure matrices of small models through the whole Jacobian.
+
+Where the Jacobian of a batch is small, calls are what takes time, and the fewest are those of one
+forward and one backward, vectorised by `torch.func.vmap` over samples and over cotangents. That
+sees neither coupled samples nor parameters out of sight, and not every function is vectorised
+rightly. So this is a second way, open to a model and a kind of inputs that went the first one,
+through the layers (`conjopt.measure.structure`), and with the same result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import warnings
+import weakref
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules import module as nn_module
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
+
+from conjopt.measure.replay import compiled_parts, renormalised
+from conjopt.measure.shards import is_sharded
+
+__all__ = ["ATTENDING", "SMALL", "Shortcut"]
+
+# Elements of a Jacobian that stays in the cache of a core: up to here the number of calls decides.
+SMALL = 2**19
+# The same with multi-head attention, which the way through the layers computes twice.
+ATTENDING = 2**22
+_MOST_KINDS = 64  # that are tried of a model
+
+
+class _Known(NamedTuple):
+    """How a way that is open goes."""
+
+    like: Tensor  # the outputs
+    plain: bool  # without fused kernels of attention
+
+
+# By model and kind; `None` where the way is closed.
+_SETTLED: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, _Known | None]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+@dataclasses.dataclass(eq=False)
+class Shortcut:
+    """The way through the whole Jacobian, for one model and one batch, and whether to take it.
+
+    It is for one tensor of inputs on a CPU, with all samples along dimension 0. A model is tried
+    once for inputs of a shape, in a mode, with the same parts and parameters trained. Hooks,
+    compiled, scripted, sharded and renormalised parts, autocast and random numbers close it.
+
+    Attributes:
+        name: Of the function that measures.
+        model: The module.
+        inputs: Of the model.
+
+    Example:
+        >>> model, x = nn.Linear(2, 3), torch.tensor([[3.0, 4.0]])
+        >>> shortcut = Shortcut("example", model, x)
+        >>> J = shortcut.jacobian(torch.eye(3), like=torch.empty(1, 3))
+        >>> J.shape
+        torch.Size([1, 3, 9])
+        >>> J @ J.mT  # ||x||^2 + 1
+        tensor([[[26.,  0.,  0.],
+                 [ 0., 26.,  0.],
+                 [ 0.,  0., 26.]]])
+        >>> shortcut.like is None  # nothing was compared yet
+        True
+        >>> shortcut.settle(torch.empty(1, 3))
+        >>> shortcut.like.shape
+        torch.Size([1, 3])
+    """
+
+    name: str
+    model: nn.Module
+    inputs: Tensor
+
+    def __post_init__(self) -> None:
+        self._trained: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
+        self._tied = False  # a tensor with several names
+        self._key = self._kind()
+        self._known: dict[Hashable, _Known | None] = {}
+        if self._key is not None:
+            try:
+                self._known = _SETTLED.setdefault(self.model, {})
+            except TypeError:  # a module that cannot be hashed or referred to weakly
+                self._key = None
+        known = self._known.get(self._key)
+        self._plain = known is not None and known.plain
+
+    @property
+    def like(self) -> Tensor | None:
+        """A tensor like the outputs where the way is open, else `None`."""
+        known = self._known.get(self._key)
+        return None if known is None else known.like
+
+    @property
+    def untried(self) -> bool:
+        """Whether it is still to be settled."""
+        new = self._key is not None and self._key not in self._known
+        return new and len(self._known) < _MOST_KINDS
+
+    def elements(self, outputs: int) -> int:
+        """Return the number of entries of the Jacobian.
+
+        Args:
+            outputs: `d`.
+        """
+        trained = sum(parameter.numel() for parameter in self._trained.values())
+        return len(self.inputs) * outputs * trained
+
+    def fits(self, like: Tensor, *, attending: bool) -> bool:
+        """Whether the Jacobian is small, and the model one that may be tried.
+
+        Args:
+            like: A tensor like the outputs, `(m, ...)`.
+            attending: Whether the model calls multi-head attention.
+        """
+        elements = self.elements(math.prod(like.shape[1:]))
+        return (
+            0 < elements <= (ATTENDING if attending else SMALL)
+            and like.device.type == "cpu"
+            and not renormalised(self.model)
+            and not compiled_parts(self.model)
+            and not any(isinstance(m, torch.jit.ScriptModule) for m in self.model.modules())
+            and not any(is_sharded(p) for p in self.model.parameters())
+        )
+
+    def jacobian(self, basis: Tensor, like: Tensor) -> Tensor | None:
+        """Return the Jacobian of every sample in the parameters that are trained.
+
+        Args:
+            basis: Cotangents of a sample's outputs, `(d, k)`.
+            like: A tensor like the outputs, `(m, ...)`.
+
+        Returns:
+            Shape `(m, d, P)`; `None` if the model cannot be called like this, returns something
+            else, or numbers that are not finite.
+        """
+        model, d, one = self.model, len(basis), (1, *like.shape[1:])
+        names, trained = list(self._trained), [p.detach() for p in self._trained.values()]
+        buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
+
+        def pulled(sample: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+            def run(*parameters: Tensor) -> Tensor:
+                tensors = {**buffers, **dict(zip(names, parameters, strict=True))}
+                inputs = (sample.unsqueeze(0),)
+                output = functional_call(model, tensors, inputs, tie_weights=self._tied)
+                if type(output) is not Tensor or output.shape != one or output.dtype != like.dtype:
+                    raise ValueError("another output than before")
+                return output
+
+            pull: Any
+            output, pull = vjp(run, *trained)  # type: ignore[misc]  # a third with has_aux
+            if d == 1:  # saves the calls of a second vmap
+                return output, tuple(g.unsqueeze(0) for g in pull(cotangents[0]))
+            return output, vmap(pull)(cotangents)
+
+        cotangents = basis.reshape(d, *one)
+        try:
+            with sdpa_kernel(SDPBackend.MATH) if self._plain else contextlib.nullcontext():
+                outputs, found = vmap(pulled)(self.inputs.detach().clone())
+        except Exception:  # random numbers, a choice by values, something written to, no rule
+            return None
+        if not outputs.isfinite().all():
+            return None
+        return torch.cat([g.flatten(2) for g in found], 2)
+
+    def tried(self, basis: Tensor, like: Tensor) -> Tensor | None:
+        """Return the Jacobian, and `None` too if torch warns or the model keeps what it computed.
+
+        What is not vectorised but called one by one, torch warns of; fused attention is.
+
+        Args:
+            basis: See `jacobian`.
+            like: See `jacobian`.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = self.jacobian(basis, like)
+            if found is None:
+                self._plain = True
+                found = self.jacobian(basis, like)
+        return None if self.keeps() else found
+
+    def keeps(self) -> bool:
+        """Whether tensors of a vectorised call are left in the model."""
+        return any(
+            isinstance(leaf, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(leaf)
+            for module in self.model.modules()
+            for leaf in tree_leaves(list(vars(module).values()))
+        )
+
+    def settle(self, like: Tensor | None) -> None:
+        """Remember that both ways gave the same, or that this one is closed.
+
+        Args:
+            like: A tensor like the outputs, `(m, ...)`; `None` to close it.
+        """
+        if self._key is not None:
+            self._known[self._key] = None if like is None else _Known(like, self._plain)
+
+    def _kind(self) -> Hashable:
+        """Return all that a comparison holds for, `None` where the way is closed."""
+        x = self.inputs
+        if (
+            x.device.type != "cpu"
+            or torch.is_autocast_enabled("cpu")
+            or torch.is_inference_mode_enabled()
+            or parametrize._cache_enabled
+            or nn_module._has_any_global_hook()
+        ):
+            return None
+        parts: list[Hashable] = [self.name, x.shape, x.dtype]
+        seen: set[int] = set()
+        for prefix, module in self.model.named_modules():
+            if (
+                module._forward_hooks
+                or module._forward_pre_hooks
+                or module._backward_hooks
+                or module._backward_pre_hooks
+            ):
+                return None
+            parts += (id(module), module.training)
+            for tensors, kept in (
+                (module._parameters, self._trained),
+                (module._buffers, self._buffers),
+            ):
+                for name, tensor in tensors.items():
+                    if tensor is None:
+                        continue
+                    parts += (tensor.shape, tensor.requires_grad)
+                    if id(tensor) in seen:
+                        self._tied = True
+                    elif tensor.requires_grad or tensors is module._buffers:
+                        kept[f"{prefix}.{name}" if prefix else name] = tensor
+                    seen.add(id(tensor))
+        return tuple(parts)
