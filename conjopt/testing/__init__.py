@@ -14,6 +14,7 @@ except ImportError as error:  # pragma: no cover
         'conjopt.testing draws its examples by hypothesis: pip install "conjopt[testing]"'
     ) from error
 
+from conjopt.testing.models import check_model
 from conjopt.testing.networks import Network, networks
 from conjopt.testing.potentials import check_potential
 from conjopt.testing.report import Report, Statement, Violation, ViolationError
@@ -37,6 +38,7 @@ __all__ = [
     "Violation",
     "ViolationError",
     "batches",
+    "check_model",
     "check_potential",
     "discrete_laws",
     "losses",
