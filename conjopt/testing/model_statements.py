@@ -182,21 +182,44 @@ class ModelStatements:
         size = (plain.rounding * plain.J_squares)[:, None, None].expand_as(found[0])
         return torch.stack(found), torch.stack(expected), size.expand(len(names), -1, -1, -1), "="
 
-    # What is measured.
+    # What is measured, once for each example: statements see the same ones.
+
+    def _once(self, plain: Plain, name: str, make: Callable[[], Any]) -> Any:
+        if name not in plain.measured:
+            plain.measured[name] = make()
+        return plain.measured[name]
 
     def _norms(self, plain: Plain) -> Tensor:
-        return measure.per_sample_gradient_norms(
-            self.model, plain.loss, plain.inputs, plain.targets
-        ).detach()
+        def norms() -> Tensor:
+            return measure.per_sample_gradient_norms(
+                self.model, plain.loss, plain.inputs, plain.targets
+            ).detach()
+
+        return self._once(plain, "norms", norms)
 
     def _structure(self, plain: Plain, *, on_V: bool) -> Tensor:
-        return measure.structure_matrix(
-            self.model, plain.inputs, potential=plain.potential if on_V else None
+        potential = plain.potential if on_V else None
+        return self._once(
+            plain,
+            f"structure, on V: {on_V}",
+            lambda: measure.structure_matrix(self.model, plain.inputs, potential=potential),
         )
 
     def _top_of_batch(self, plain: Plain) -> Tensor:
-        K = measure.batch_structure_matrix(self.model, plain.inputs, potential=plain.potential)
-        return measure.extreme_eigenvalues(K)[1]
+        def top() -> Tensor:
+            K = measure.batch_structure_matrix(
+                self.model, plain.inputs, potential=plain.potential
+            )
+            return measure.extreme_eigenvalues(K)[1]
+
+        return self._once(plain, "top of batch", top)
+
+    def _sandwich(self, plain: Plain) -> bounds.RiskSandwich:
+        return self._once(
+            plain,
+            "sandwich",
+            lambda: bounds.risk_sandwich(self.model, plain.loss, plain.inputs, plain.targets),
+        )
 
     def _curvature(self, plain: Plain, potential: Any, u: Tensor) -> Tensor:
         return measure.curvature_along(self.model, potential, plain.inputs, plain.by_name(u))
@@ -294,6 +317,7 @@ class ModelStatements:
 
     def untouched(self, plain: Plain, example: Example) -> Sides:
         before, hooks = self._state(), self._hooks()
+        plain.measured.clear()
         self._norms(plain)
         self._structure(plain, on_V=True)
         self._top_of_batch(plain)
@@ -334,9 +358,6 @@ class ModelStatements:
         sides = torch.stack([lower, losses]), torch.stack([losses, upper])
         left, right = (torch.where(counts, side, 0) for side in sides)
         return left, right, plain.loss_rounding.expand_as(left), "<="
-
-    def _sandwich(self, plain: Plain) -> bounds.RiskSandwich:
-        return bounds.risk_sandwich(self.model, plain.loss, plain.inputs, plain.targets)
 
     def thm_2_3(self, plain: Plain, example: Example) -> Sides:
         found = self._sandwich(plain)

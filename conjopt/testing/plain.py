@@ -58,6 +58,7 @@ class Plain:
         potential: of it.
         names: of the trained parameters.
         sizes: their numbers of elements.
+        measured: what statements share of what was measured here, by name.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Plain:
         self.potential: Potential = self.view.potential
         self.m = samples
         self._places = places
+        self.measured: dict[str, Any] = {}
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.names, self.sizes = list(trained), [p.numel() for p in trained.values()]
 
@@ -190,7 +192,7 @@ class Plain:
         k = self.outputs.shape[1]
         places = self.J.shape[1] // k
         ones = torch.cat([self.J.new_ones(k, 1), torch.eye(k)[:, : k - 1].to(self.J)], 1)
-        Q = torch.linalg.qr(ones)[0][:, 1:]
+        Q = torch.linalg.qr(ones)[0][:, 1:].contiguous()
         return torch.kron(Q, torch.eye(places).to(self.J)).T @ self.J
 
     def extremes(self, J: Tensor) -> tuple[Tensor, Tensor]:
