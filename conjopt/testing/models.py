@@ -37,7 +37,7 @@ def check_model(
 ) -> Report:
     """Check that what is measured of a model, and what the theory says of it, holds on it.
 
-    Everything `conjopt.measure` and `conjopt.bounds` say is compared with plain autograd: per-sample
+    What `conjopt.measure` and `conjopt.bounds` say is compared with plain autograd: per-sample
     gradients, energy, structure matrices, eigenvalues, curvature, noise, and what each trainable
     parameter adds to them; `EnergyProbe` leaves ``.grad`` the same to the bit. Then Thm 2.1 to 2.6
     and 3.6 are looked at, with the measured numbers in them. This finds a wrong rule of
@@ -105,7 +105,7 @@ def check_model(
         search = Search(twin, criterion, inputs, targets, places, samples, rows)
         statements = ModelStatements(search)
         subject = f"{type(model).__name__} with {type(loss).__name__}"
-        options: dict[str, Any] = {"max_examples": max_examples, "first": (search.first,)}
+        options: dict[str, Any] = {"max_examples": max_examples, "given": search.given}
         drawn = search.strategy(), ("example",)
         basic = run(
             subject, statements.first(), *drawn, left_out={}, describe=search.describe, **options

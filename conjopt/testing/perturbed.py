@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,6 +85,14 @@ class Search:
         """The batch as it is given, or rows all over it if there are more than an example takes."""
         at = torch.linspace(0, self.samples - 1, min(self.samples, self.most)).long()
         return Example(tuple(at.tolist()))
+
+    @property
+    def given(self) -> list[tuple[Example]]:
+        """Its rows one by one, in pairs, and all of them."""
+        rows = self.first.rows
+        pairs = list(itertools.pairwise(rows)) if len(rows) > 2 else []
+        parts = [*((row,) for row in rows), *pairs]
+        return [*((dataclasses.replace(self.first, rows=part),) for part in parts), (self.first,)]
 
     def strategy(self) -> st.SearchStrategy[tuple[Example]]:
         """Examples, from the first row as it is given."""

@@ -258,8 +258,8 @@ class Plain:
         """``hi(GGN)``, (), from the dense matrix in the outputs."""
         values, vectors = torch.linalg.eigh((self.H + self.H.mT) / 2)
         roots = vectors * values.clamp(min=0).sqrt().unsqueeze(1) @ vectors.mT  # (R, k, k)
-        columns = [self.as_terms(self.J[..., p]) for p in range(self.J.shape[2])]
-        by_term = torch.stack(columns, -1)  # (R, k, P)
+        number = torch.arange(self.J[..., 0].numel(), device=self.J.device)
+        by_term = self.J.flatten(0, 1)[self.as_terms(number)]  # (R, k, P)
         return self.extremes((roots @ by_term).flatten(0, 1))[1] / len(by_term)
 
     def direction(self, kind: str, seed: int) -> Tensor:

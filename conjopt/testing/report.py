@@ -121,7 +121,10 @@ class Statement:
         place = int(excess.nan_to_num(float("inf")).argmax())
         sign = "" if relation == "=" else "at most "
         of = "" if self.where is None else f" ({self.where(place, *example)})"
-        return f"{left.flatten()[place]:.6g}{of}", f"{sign}{right.flatten()[place]:.6g}"
+        a, b = (f"{float(side.flatten()[place]):.6g}" for side in (left, right))
+        if a == b:  # what is apart by rounding
+            a, b = (f"{float(side.flatten()[place]):.17g}" for side in (left, right))
+        return f"{a}{of}", f"{sign}{b}"
 
 
 def run(
@@ -132,7 +135,7 @@ def run(
     *,
     max_examples: int,
     left_out: Mapping[str, str],
-    first: tuple[Any, ...] | None = None,
+    given: Sequence[tuple[Any, ...]] = (),
     describe: Callable[..., Mapping[str, Any]] | None = None,
 ) -> Report:
     """Check every statement by itself on drawn examples.
@@ -144,7 +147,8 @@ def run(
         names: of its parts.
         max_examples: for each statement.
         left_out: by statement, why it is not checked.
-        first: an example that every statement is checked on, whatever is drawn.
+        given: examples, the smallest first. Every statement is checked on the last one before
+            any is drawn; if it does not hold there, the first one that it does not hold on is told.
         describe: from an example, what a violation tells of it; its parts by their names if None.
 
     Returns:
@@ -160,10 +164,11 @@ def run(
 
     found = []
     for statement in statements:
-        smallest = _smallest(statement, examples, describe, max_examples)
-        if smallest is None and first is not None:
-            smallest = _violation(statement, first, describe)
-        found.append(smallest)
+        smallest = None
+        if given and _violation(statement, given[-1], describe) is not None:
+            tried = (_violation(statement, example, describe) for example in given)
+            smallest = next(violation for violation in tried if violation is not None)
+        found.append(smallest or _smallest(statement, examples, describe, max_examples))
     violations = [violation for violation in found if violation is not None]
     if violations:
         raise ViolationError(subject, violations)

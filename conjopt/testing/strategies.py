@@ -140,19 +140,21 @@ def losses(
     names = [n for n in (_LOSSES if kinds is None else kinds) if not (smooth and "Poisson" in n)]
     name = draw(st.sampled_from(names))
     kind = getattr(nn, name, None) or getattr(fenchel_young, name)
-    options: dict[str, Any] = {"reduction": draw(st.sampled_from(["mean", "sum"]))}
+    # All of them for every loss: what needs fewer choices counts as simpler.
+    reduction = draw(st.sampled_from(["mean", "sum"]))
+    smoothing, ignored = draw(st.sampled_from([0.0, 0.1])), draw(st.sampled_from([-100, 0]))
+    full, weighted = draw(st.booleans()), k is not None and draw(st.booleans())
     on_simplex = name in _CLASSES
+    options: dict[str, Any] = {"reduction": reduction}
     if on_simplex:
-        options["label_smoothing"] = draw(st.sampled_from([0.0, 0.1]))
-        options["ignore_index"] = draw(st.sampled_from([-100, 0] if k != 1 else [-100]))
-    weighted = k is not None and draw(st.booleans())
+        options |= {"label_smoothing": smoothing, "ignore_index": ignored if k != 1 else -100}
     if weighted and (on_simplex or (not one_term and name in _ELEMENT_WEIGHTS)):
         weights = draw(st.lists(st.sampled_from([1.0, 0.5, 3.0]), min_size=k or 0, max_size=k))
         options["weight"] = torch.tensor(weights, dtype=torch.float64)
         if name == "BCEWithLogitsLoss":
             options["pos_weight"] = options["weight"].flip(0)
     if name == "PoissonNLLLoss":
-        options["full"] = draw(st.booleans())
+        options["full"] = full
     # As a call, which is what hypothesis prints of it.
     return draw(st.builds(kind, **{n: st.just(v) for n, v in options.items()}))
 
@@ -274,7 +276,9 @@ def fitting_targets(
         f = f + apart * noise
         if potential.on_simplex:
             return potential.link(f.movedim(1, -1)).movedim(-1, 1)
-        return potential.link(f.unsqueeze(-1)).squeeze(-1) if potential.separable else _link(view, f)
+        return (
+            potential.link(f.unsqueeze(-1)).squeeze(-1) if potential.separable else _link(view, f)
+        )
     if potential.on_simplex:
         ignored = view.criterion.ignore_index
         index = torch.zeros_like(noise[:, 0], dtype=torch.long)
