@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from conjopt import bounds, measure
+from conjopt.measure.replay import compiled_parts
 from conjopt.optim import step_size
 from conjopt.potentials import Squared
 from conjopt.testing.measured import MeasuredStatements, Sides, unchecked
@@ -95,6 +96,10 @@ class ModelStatements(MeasuredStatements):
                         f"as the loss has {len(plain.rows)} terms for {plain.m} samples, and the "
                         "statement is about one term for each"
                     )
+        if compiled_parts(self.model):
+            for name in named:
+                if "probe" in name:
+                    left_out[name] = "as a part is compiled, which a probe cannot watch"
         with unchecked():
             try:
                 measure.last_layer_bound(self.model, plain.inputs)
