@@ -100,7 +100,7 @@ def check_model(
     with _as_it_was(model):
         twin, criterion, inputs, targets = _copies(model, loss, inputs, targets, dtype)
         outputs = _outputs(twin, criterion, inputs, targets, samples)
-        _refuse_large(twin, outputs, min(rows, samples))
+        _refuse_large(twin, outputs, rows)
         places = places_of_inputs(twin, *as_arguments(inputs), samples)
         search = Search(twin, criterion, inputs, targets, places, samples, rows)
         statements = ModelStatements(search)
