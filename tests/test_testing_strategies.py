@@ -8,7 +8,7 @@ from torch import nn
 
 from conjopt.bounds import risk_sandwich, total_variation_gap
 from conjopt.entropy import conditional_entropy, information_loss, risk_decomposition
-from conjopt.losses import potential_of
+from conjopt.losses import FenchelYoungLoss, potential_of
 from conjopt.measure import extreme_eigenvalues, per_sample_gradient_norms, structure_matrix
 from conjopt.potentials import Potential, Softmax
 from conjopt.testing import Batch, Network, batches, discrete_laws, losses, networks
@@ -125,7 +125,13 @@ def test_the_simplest():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds(kind: str):
-    assert find(networks(kinds=[kind], k=2), lambda network: True).kind == kind
+    @settings(max_examples=5)
+    @given(networks(kinds=[kind], k=2))
+    def drawn(network):
+        assert network.kind == kind
+        assert network.k == 2
+
+    drawn()
 
 
 @pytest.mark.parametrize("name", _LOSSES)
@@ -168,8 +174,6 @@ class Halved(Potential):
 
 
 def test_a_potential_of_ones_own():
-    from conjopt.losses import FenchelYoungLoss
-
     loss = FenchelYoungLoss(Halved())
 
     @given(batches((4,), loss, outputs=(2,)))
