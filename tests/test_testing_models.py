@@ -560,6 +560,36 @@ def test_planted_bugs_are_found(name: str, monkeypatch: pytest.MonkeyPatch):
         assert any(f"('{name}')" in found.left for name in names)
 
 
+MILLIONTHS = {
+    "gradient_energy": ENERGY,
+    "per_sample_gradient_norms": NORMS,
+    "structure_matrix": STRUCTURE,
+    "batch_structure_matrix": BATCH_STRUCTURE,
+    "curvature_along": CURVATURE,
+    "top_curvature": TOP_CURVATURE,
+    "gradient_noise": NOISE,
+}
+
+
+@pytest.mark.parametrize("name", MILLIONTHS)
+def test_a_millionth_is_found(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Tolerances are of rounding size."""
+    right, factor = getattr(measure, name), 1 + 1e-6
+
+    def wrong(*args, **options):
+        found = right(*args, **options)
+        if name == "top_curvature":
+            return found._replace(value=factor * found.value)
+        if name == "gradient_noise":
+            return dataclasses.replace(found, noise=factor * found.noise)
+        return factor * found
+
+    monkeypatch.setattr(measure, name, wrong)
+    with pytest.raises(ViolationError) as error:
+        check_model(*classified(), max_examples=1)
+    assert MILLIONTHS[name] in {violation.statement for violation in error.value.violations}
+
+
 def test_all_statements_are_found_by_some_bug():
     found = set().union(*(expected for _, expected, _ in PLANTED.values()))
     assert {COUPLING, CRITERION, RESIDUAL} | EVERYTHING == found | {PROBE}

@@ -123,9 +123,11 @@ class Plain:
 
     @functools.cached_property
     def sizes_of_cotangents(self) -> Tensor:
-        """Of what they are differences of, (m, 1)."""
+        """Of what they are differences of, (m, 1); a link is off by the rounding of outputs."""
         scale = self.view.scale(self.outputs, self.targets)
-        each = (self.points.abs() + self.potential.link(self.rows).abs()).sum(-1) * self.weights
+        largest = 1 + self.rows.abs().amax(-1, keepdim=True)
+        links = largest * self.potential.link(self.rows).abs()
+        each = (self.points.abs() + links).sum(-1) * self.weights
         return self.factor * scale * each.reshape(self.m, -1).sum(1, keepdim=True)
 
     @functools.cached_property
