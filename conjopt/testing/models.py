@@ -57,7 +57,8 @@ def check_model(
             samples will do.
         targets: of the criterion.
         dtype: of the copy and the batch; None leaves theirs. Tolerances are of the size of its
-            rounding, so float64 finds more.
+            rounding, so float64 finds more; in float32 what a network with huge weights loses by
+            cancellation can exceed them.
         rows: of an example, at most.
         max_examples: drawn for each statement, besides the batch as it is given.
 
