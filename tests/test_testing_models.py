@@ -634,7 +634,7 @@ def test_the_search_goes_beyond_what_was_given(monkeypatch: pytest.MonkeyPatch):
     assert X.abs().max() < 3
     monkeypatch.setitem(rules._RULES, F.linear, wrong)
     with pytest.raises(ViolationError) as error:
-        check_model(nn.Linear(3, 2), nn.MSELoss(), X, VALUES[:, :2], max_examples=30)
+        check_model(nn.Linear(3, 2), nn.MSELoss(), X, VALUES[:, :2], max_examples=8)
     found = {violation.statement: violation for violation in error.value.violations}
     assert found[NORMS].example == {"rows": [0], "inputs": "times 10"}
     assert "Error" not in found[NORMS].left
