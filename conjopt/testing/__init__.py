@@ -14,16 +14,35 @@ except ImportError as error:  # pragma: no cover
         'conjopt.testing draws its examples by hypothesis: pip install "conjopt[testing]"'
     ) from error
 
+from conjopt.testing.models import check_model
+from conjopt.testing.networks import Network, networks
 from conjopt.testing.potentials import check_potential
 from conjopt.testing.report import Report, Statement, Violation, ViolationError
-from conjopt.testing.strategies import outputs, potentials, targets
+from conjopt.testing.strategies import (
+    Batch,
+    DiscreteLaw,
+    batches,
+    discrete_laws,
+    losses,
+    outputs,
+    potentials,
+    targets,
+)
 
 __all__ = [
+    "Batch",
+    "DiscreteLaw",
+    "Network",
     "Report",
     "Statement",
     "Violation",
     "ViolationError",
+    "batches",
+    "check_model",
     "check_potential",
+    "discrete_laws",
+    "losses",
+    "networks",
     "outputs",
     "potentials",
     "targets",

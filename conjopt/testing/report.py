@@ -93,6 +93,7 @@ class Statement:
         name: with the number of the theory.
         sides: from an example, ``(left, right, tolerance, relation)`` with ``relation`` "=" or
             "<="; all tensors of one shape.
+        where: from the number of an element and an example, what the element belongs to.
 
     Example:
         >>> import torch
@@ -103,6 +104,7 @@ class Statement:
 
     name: str
     sides: Callable[..., tuple[Tensor, Tensor, Tensor, str]]
+    where: Callable[..., str] | None = None
 
     def violated(self, *example: Any) -> tuple[str, str] | None:
         """Both sides where they are furthest apart, None if the statement holds.
@@ -118,7 +120,11 @@ class Statement:
             return None
         place = int(excess.nan_to_num(float("inf")).argmax())
         sign = "" if relation == "=" else "at most "
-        return f"{left.flatten()[place]:.6g}", f"{sign}{right.flatten()[place]:.6g}"
+        of = "" if self.where is None else f" ({self.where(place, *example)})"
+        a, b = (f"{float(side.flatten()[place]):.6g}" for side in (left, right))
+        if a == b:  # what is apart by rounding
+            a, b = (f"{float(side.flatten()[place]):.17g}" for side in (left, right))
+        return f"{a}{of}", f"{sign}{b}"
 
 
 def run(
@@ -129,6 +135,8 @@ def run(
     *,
     max_examples: int,
     left_out: Mapping[str, str],
+    given: Sequence[tuple[Any, ...]] = (),
+    describe: Callable[..., Mapping[str, Any]] | None = None,
 ) -> Report:
     """Check every statement by itself on drawn examples.
 
@@ -139,6 +147,9 @@ def run(
         names: of its parts.
         max_examples: for each statement.
         left_out: by statement, why it is not checked.
+        given: examples, the smallest first. Every statement is checked on the last one before
+            any is drawn; if it does not hold there, the first one that it does not hold on is told.
+        describe: from an example, what a violation tells of it; its parts by their names if None.
 
     Returns:
         the report, if all of them hold.
@@ -146,32 +157,55 @@ def run(
     Raises:
         ViolationError: with all that do not.
     """
-    found = [_smallest(statement, examples, names, max_examples) for statement in statements]
+    if describe is None:
+
+        def describe(*example: Any) -> Mapping[str, Any]:
+            return {name: part.tolist() for name, part in zip(names, example, strict=True)}
+
+    found = []
+    for statement in statements:
+        smallest = None
+        if given and _violation(statement, given[-1], describe) is not None:
+            tried = (_violation(statement, example, describe) for example in given)
+            smallest = next(violation for violation in tried if violation is not None)
+        found.append(smallest or _smallest(statement, examples, describe, max_examples))
     violations = [violation for violation in found if violation is not None]
     if violations:
         raise ViolationError(subject, violations)
     return Report(subject, tuple(s.name for s in statements), left_out)
 
 
+def _violation(
+    statement: Statement, example: tuple[Any, ...], describe: Callable[..., Mapping[str, Any]]
+) -> Violation | None:
+    try:
+        sides = statement.violated(*example)
+    except Exception as error:
+        sides = f"{type(error).__name__}: {error}", "no error"
+    return None if sides is None else Violation(statement.name, *sides, describe(*example))
+
+
 def _smallest(
     statement: Statement,
     examples: st.SearchStrategy[tuple[Any, ...]],
-    names: Sequence[str],
+    describe: Callable[..., Mapping[str, Any]],
     max_examples: int,
 ) -> Violation | None:
     """The smallest counterexample found, None if there is none."""
     found: list[Violation] = []
 
-    @hypothesis.settings(max_examples=max_examples, database=None, deadline=None, derandomize=True)
+    @hypothesis.settings(
+        max_examples=max_examples,
+        database=None,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],  # a model may be
+    )
     @hypothesis.given(examples)
     def holds(example: tuple[Any, ...]) -> None:
-        try:
-            sides = statement.violated(*example)
-        except Exception as error:
-            sides = f"{type(error).__name__}: {error}", "no error"
-        if sides is not None:
-            values = {name: part.tolist() for name, part in zip(names, example, strict=True)}
-            found.append(Violation(statement.name, *sides, values))
+        violation = _violation(statement, example, describe)
+        if violation is not None:
+            found.append(violation)
             raise AssertionError(statement.name)
 
     try:
