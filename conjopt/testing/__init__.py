@@ -14,15 +14,18 @@ except ImportError as error:  # pragma: no cover
         'conjopt.testing draws its examples by hypothesis: pip install "conjopt[testing]"'
     ) from error
 
+from conjopt.testing.optimizers import OptimizerReport, check_optimizer
 from conjopt.testing.potentials import check_potential
 from conjopt.testing.report import Report, Statement, Violation, ViolationError
 from conjopt.testing.strategies import outputs, potentials, targets
 
 __all__ = [
+    "OptimizerReport",
     "Report",
     "Statement",
     "Violation",
     "ViolationError",
+    "check_optimizer",
     "check_potential",
     "outputs",
     "potentials",
