@@ -73,6 +73,7 @@ class Contract:
         return Run(setting, self.make, **options)
 
     def deterministic(self, setting: Setting) -> Sides:
+        """Two runs with other random numbers around them end at the same parameters."""
         runs = []
         for seed in (1, 2):
             torch.manual_seed(seed)
@@ -80,6 +81,7 @@ class Contract:
         return alike(runs[0].flat(), runs[1].flat())
 
     def finite(self, setting: Setting) -> Sides:
+        """After some steps no parameter and no tensor of the state is NaN or infinite."""
         run = self.run(setting).steps(0, setting.taken + AFTER)
         state = [
             value.detach().double().flatten()
@@ -91,6 +93,7 @@ class Contract:
         return count(int((~finite).sum()), 0)
 
     def downhill(self, setting: Setting) -> Sides:
+        """``<g, theta - theta+> >= 0`` for the first step, without weight decay."""
         run = self.run(setting, decays=False)
         before, gradient = run.flat(), run.gradient(0)
         run.step(0)
@@ -101,6 +104,10 @@ class Contract:
         return torch.zeros(1), (gradient @ moved)[None], size[None], "<="
 
     def resumed(self, setting: Setting) -> Sides:
+        """A run that goes on from a file, in an optimizer that was used, is the unbroken one.
+
+        Bit for bit, through `torch.save` and ``torch.load(weights_only=True)``.
+        """
         whole = self.run(setting).steps(0, setting.taken)
         saved = whole.saved()
         whole.steps(setting.taken, setting.taken + AFTER)
@@ -113,6 +120,7 @@ class Contract:
         )
 
     def copied(self, setting: Setting) -> Sides:
+        """A deep copy takes the same steps, and its steps do not write to the original's state."""
         run = self.run(setting).steps(0, setting.taken)
         twin = run.copied()
         kept = state_of(run.optimizer)
@@ -122,6 +130,7 @@ class Contract:
         return both(alike(twin.flat(), run.flat()), untouched)
 
     def separate(self, setting: Setting) -> Sides:
+        """A run is the same where another optimizer takes steps in between."""
         last = setting.taken + AFTER
         alone = self.run(setting).steps(0, last)
         one, other = self.run(setting), self.run(setting)
@@ -131,6 +140,7 @@ class Contract:
         return alike(one.flat(), alone.flat())
 
     def without_gradient(self, setting: Setting) -> Sides:
+        """What has no gradient, or is in no group, is as it was after some steps."""
         run = self.run(setting).steps(0, setting.taken)
         left_out = run.given[0]
         before = left_out.detach().clone().flatten()
@@ -150,6 +160,7 @@ class Contract:
         return both(alike(left_out.detach().flatten(), before), *others)
 
     def nothing_to_do(self, setting: Setting) -> Sides:
+        """Without any gradient a step leaves the parameters."""
         run = self.run(setting).steps(0, setting.taken)
         before = run.flat()
         run.optimizer.zero_grad()
@@ -157,6 +168,7 @@ class Contract:
         return alike(run.flat(), before)
 
     def gradients_kept(self, setting: Setting) -> Sides:
+        """A step does not write to ``.grad``."""
         run = self.run(setting).steps(0, setting.taken)
         run.backward(setting.taken)
         before = torch.cat([p.grad.flatten() for p in run.parameters if p.grad is not None])
@@ -165,6 +177,7 @@ class Contract:
         return alike(after, before)
 
     def zero_grad(self, setting: Setting) -> Sides:
+        """It leaves gradients of zero, or none."""
         run = self.run(setting).steps(0, setting.taken)
         run.backward(setting.taken)
         run.optimizer.zero_grad(set_to_none=False)
@@ -175,10 +188,14 @@ class Contract:
         return both(alike(left, torch.zeros_like(left)), count(still, 0))
 
     def closure(self, setting: Setting) -> Sides:
+        """``step(closure)`` calls it once, with gradients, returns its loss, and is the loop.
+
+        Optimizers whose step needs one may call it more often.
+        """
         run, twin = self.run(setting), self.run(setting)
         calls, step, losses = 0, 0, []
 
-        def closure() -> Tensor:
+        def closure() -> Any:
             nonlocal calls
             calls += 1
             if not torch.is_grad_enabled():
@@ -193,16 +210,15 @@ class Contract:
             wrong += not (isinstance(returned, Tensor) and bool(returned == losses[first]))
             twin.step(step)
         expected = calls if run.needs_closure else setting.taken + 1
-        return both(
-            alike(run.flat(), twin.flat()), count(calls, expected), count(wrong, 0)
-        )
+        return both(alike(run.flat(), twin.flat()), count(calls, expected), count(wrong, 0))
 
     def closure_error(self, setting: Setting) -> Sides:
+        """Where a closure raises, the run goes on as if that step had not been tried."""
         run, twin = self.run(setting), self.run(setting)
         for one in (run, twin):
             one.steps(0, setting.taken)
 
-        def closure() -> Tensor:
+        def closure() -> Any:
             run.backward(setting.taken)
             raise ZeroDivisionError
 
@@ -217,6 +233,7 @@ class Contract:
         return alike(run.flat(), twin.flat())
 
     def rate_zero(self, setting: Setting) -> Sides:
+        """With ``lr`` of all groups set to 0 the parameters stay."""
         run = self.run(setting)
         before = run.flat()
         for group in run.optimizer.param_groups:
@@ -225,6 +242,7 @@ class Contract:
         return alike(run.flat(), before)
 
     def scheduled(self, setting: Setting) -> Sides:
+        """A `LambdaLR` of a half halves the first step, without weight decay."""
         full, half = self.run(setting, decays=False), self.run(setting, decays=False)
         torch.optim.lr_scheduler.LambdaLR(half.optimizer, lambda _: 0.5)
         before = full.flat()
@@ -233,16 +251,16 @@ class Contract:
         return 2 * moved[1], moved[0], size, "="
 
     def added_group(self, setting: Setting) -> Sides:
+        """A parameter that `add_param_group` brings, and that has a gradient, moves."""
         run = self.run(setting)
-        regrouped(run)
-        added = run.optimizer.param_groups[-1]
-        before = [p.detach().clone() for p in added["params"]]
+        added = regrouped(run)
+        before = added.detach().clone()
         run.step(0)
-        gradients = sum(float(p.grad.abs().sum()) for p in added["params"])
-        rests = all(torch.equal(p, q) for p, q in zip(added["params"], before, strict=True))
-        return count(rests and gradients > 0, 0)
+        moving = added.grad is not None and bool(added.grad.abs().sum() > 0)
+        return count(moving and torch.equal(added, before), 0)
 
     def maximize(self, setting: Setting) -> Sides:
+        """With ``maximize`` the steps are those along negated gradients, bit for bit."""
         run, twin = self.run(setting), self.run(setting)
         for group in run.optimizer.param_groups:
             group["maximize"] = not group["maximize"]
@@ -258,11 +276,11 @@ class Contract:
         return alike(run.flat(), twin.flat())
 
 
-def regrouped(run: Run) -> None:
+def regrouped(run: Run) -> Tensor:
     """Take the last parameter out of its group and add it as one of its own, alike."""
     group = run.optimizer.param_groups[-1]
     options = {k: copy.copy(v) for k, v in group.items() if k not in ("params", "param_names")}
-    last: Any = group["params"].pop()
-    if "param_names" in group:
-        last = (group["param_names"].pop(), last)
-    run.optimizer.add_param_group({"params": [last], **options})
+    last: Tensor = group["params"].pop()
+    named: Any = (group["param_names"].pop(), last) if "param_names" in group else last
+    run.optimizer.add_param_group({"params": [named], **options})
+    return last

@@ -78,9 +78,7 @@ class Setting:
         if self.model == "linear":
             model: nn.Module = nn.Sequential(nn.Linear(INPUTS, OUTPUTS))
         else:
-            model = nn.Sequential(
-                nn.Linear(INPUTS, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, OUTPUTS)
-            )
+            model = nn.Sequential(nn.Linear(INPUTS, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, OUTPUTS))
         model = model.double()
         with torch.no_grad():
             for p in model.parameters():
@@ -209,7 +207,7 @@ class Run:
     def step(self, step: int, change: Callable[[Run], Any] | None = None) -> Any:
         """An ordinary step; ``change`` may touch the gradients before it."""
 
-        def closure() -> Tensor:
+        def closure() -> Any:
             with torch.enable_grad():
                 loss = self.backward(step)
             if change is not None:

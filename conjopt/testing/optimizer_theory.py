@@ -54,6 +54,7 @@ class Theory:
     # Thm 3.1.
 
     def identity(self, setting: Setting) -> Sides:
+        """The ledger's two sides are equal, also with the first and last risk of the run itself."""
         run, ledger = self._kept(setting)
         first, last = Run(setting, self.make).risk(), run.risk()
         noise = math.fsum(step.out_of_batch for step in ledger.steps)
@@ -64,6 +65,10 @@ class Theory:
         return left, right, size, "="
 
     def bound(self, setting: Setting) -> Sides:
+        """Where C1 holds, mean squares (or slopes) of the run's gradients are within the bounds.
+
+        The floor is the last risk, for which the bound of the weighted mean is an equation.
+        """
         run, ledger = self._kept(setting)
         found = [(step, q) for step, q in zip(ledger.steps, run.found, strict=True)]
         moved = [pair for pair in found if not pair[0].rests]
@@ -80,9 +85,11 @@ class Theory:
         return _within(bound, values, [step.left for step, _ in moved], ledger)
 
     def below_the_edge(self, setting: Setting) -> Sides:
+        """C1 holds at every step that moves; one that the gradient takes uphill fails it."""
         _, ledger = self._kept(setting)
         edges = [step.edge - step.edge_error for step in ledger.steps if not step.rests]
         left = torch.tensor([0.0, *edges], dtype=torch.float64)
+        left = left.nan_to_num(math.inf)  # of a step that the gradient does not take downhill
         return left, torch.ones_like(left), torch.full_like(left, -1e-12), "<="
 
     def _kept(self, setting: Setting) -> tuple[Any, ConvergenceLedger]:
@@ -100,15 +107,14 @@ class Theory:
                 start = ledger.begin(*setting.batch(step))
                 run.optimizer.step()
             ledger.end(start)
-            run.found.append(
-                (float(gradient @ gradient), float(gradient @ (before - run.flat())))
-            )
+            run.found.append((float(gradient @ gradient), float(gradient @ (before - run.flat()))))
         return run, ledger
 
     # Thm 3.6, of which all is known at the first step of a linear model without weight decay: the
     # odd and the even samples of a batch are alike, and running means are of it alone.
 
     def trust_region(self, setting: Setting) -> Sides:
+        """``R(theta+) <= (1 + tau)^2 R(theta)`` for the first step, over a floor of 0."""
         run = Run(setting, self.make, decays=False)
         before, size = run.risk(), run.outputs().square().max()
         run.step(0)
@@ -116,6 +122,7 @@ class Theory:
         return run.risk()[None], ((1 + self.tau) ** 2 * before)[None], size[None], "<="
 
     def reported(self, setting: Setting) -> Sides:
+        """The limit in `ConjSGD.status` is the theorem's, of the run's own risk and outputs."""
         run = Run(setting, self.make, decays=False)
         optimizer, potential = run.optimizer, setting.potential
         assert isinstance(optimizer, ConjSGD)
@@ -141,6 +148,7 @@ class Theory:
     # What ConjSGD promises beyond torch.
 
     def not_finite(self, setting: Setting) -> Sides:
+        """NaN or infinity in one entry of one gradient, and all parameters stay."""
         all_sides = []
         for value in (math.nan, math.inf, -math.inf):
             run = Run(setting, self.make).steps(0, setting.taken)
@@ -150,6 +158,7 @@ class Theory:
         return both(*all_sides)
 
     def no_trace(self, setting: Setting) -> Sides:
+        """After such a step the run goes on as if it had not been tried, bit for bit."""
         last = setting.taken + AFTER
         twin = Run(setting, self.make).steps(0, last)
         all_sides = []
@@ -160,6 +169,7 @@ class Theory:
         return both(*all_sides)
 
     def loaded_copies(self, setting: Setting) -> Sides:
+        """Steps after `load_state_dict` do not write to what was given to it."""
         saved = Run(setting, self.make).steps(0, setting.taken + 1).saved()
         run = Run(setting, self.make)
         state = run.load(saved)[1]["state"]
@@ -168,12 +178,14 @@ class Theory:
         return alike(_joined(list(numbers(state))), _joined(before))
 
     def equal_groups(self, setting: Setting) -> Sides:
+        """A parameter in a group of its own with the same options takes the same steps."""
         one, two = Run(setting, self.make), Run(setting, self.make)
         regrouped(two)
         last = setting.taken + AFTER
         return alike(two.steps(0, last).flat(), one.steps(0, last).flat())
 
     def zero_gradients(self, setting: Setting) -> Sides:
+        """The first step along gradients of zero moves nothing, without weight decay."""
         run = Run(setting, self.make, decays=False)
         before = run.flat()
         run.step(0, lambda of: [p.grad.zero_() for p in of.given if p.grad is not None])

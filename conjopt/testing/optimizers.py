@@ -124,6 +124,19 @@ def check_optimizer(
         >>> [violation.statement for violation in report.not_promised][-1]
         'Thm 3.6: no more than (1 + tau)^2 times the excess risk'
     """
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        return _checked(make_optimizer, tau, strict, promises, leave_out, max_examples)
+
+
+def _checked(
+    make_optimizer: MakeOptimizer,
+    tau: float | None,
+    strict: bool,
+    promises: Collection[str],
+    leave_out: Collection[str],
+    max_examples: int,
+) -> OptimizerReport:
     optimizer = _one(make_optimizer)
     contract, theory = Contract(make_optimizer), Theory(make_optimizer, _tau(optimizer, tau))
     named = {**contract.all(), **theory.on_runs(), **theory.on_linear_models()}
@@ -144,12 +157,14 @@ def check_optimizer(
     anywhere = settings()
     linear = settings(model="linear", scales=(1.0, 0.1, 10.0, 30.0))
     subject = type(optimizer).__name__
-    hold, broken, not_promised = [], [], []
+    hold: list[str] = []
+    broken: list[Violation] = []
+    not_promised: list[Violation] = []
     for name, sides in named.items():
         if name in left_out:
             continue
         examples = linear if name in theory.on_linear_models() else anywhere
-        violation = _violation(Statement(name, _quietly(sides)), examples, max_examples)
+        violation = _violation(Statement(name, _of_parts(sides)), examples, max_examples)
         if violation is None:
             hold.append(name)
         else:
@@ -174,12 +189,11 @@ def _tau(optimizer: Optimizer, given: float | None) -> float:
 def _left_out(optimizer: Optimizer) -> dict[str, str]:
     """By statement, why it does not speak of an optimizer."""
     left_out = {}
-    ours = isinstance(optimizer, ConjSGD)
     if not all("maximize" in group for group in optimizer.param_groups):
         left_out["maximize is the step of the negative gradient"] = "as its groups have no maximize"
-    elif ours and optimizer._rule.measures:
+    elif isinstance(optimizer, ConjSGD) and optimizer._rule.measures:
         left_out["maximize is the step of the negative gradient"] = "as a measured step refuses it"
-    if not ours:
+    if not isinstance(optimizer, ConjSGD):
         left_out[REPORTED] = "as it reports none"
     elif largest_tau(optimizer) is None:
         left_out[REPORTED] = "as its step rule has none"
@@ -190,15 +204,12 @@ def _left_out(optimizer: Optimizer) -> dict[str, str]:
     return left_out
 
 
-def _quietly(sides: Callable[[Setting], Sides]) -> Callable[..., Sides]:
-    """A statement of the parts that were drawn, without warnings and traces in random numbers."""
+def _of_parts(sides: Callable[[Setting], Sides]) -> Callable[..., Sides]:
+    """A statement as one of the parts that were drawn."""
 
     @functools.wraps(sides)
     def of_parts(*parts: Any) -> Sides:
-        setting = Setting(*(part.value for part in parts))
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")
-            return sides(setting)
+        return sides(Setting(*(part.value for part in parts)))
 
     return of_parts
 
