@@ -16,6 +16,7 @@ except ImportError as error:  # pragma: no cover
 
 from conjopt.testing.optimizers import OptimizerReport, check_optimizer
 from conjopt.testing.potentials import check_potential
+from conjopt.testing.regularizers import check_regularizer
 from conjopt.testing.report import Report, Statement, Violation, ViolationError
 from conjopt.testing.strategies import outputs, potentials, targets
 
@@ -27,6 +28,7 @@ __all__ = [
     "ViolationError",
     "check_optimizer",
     "check_potential",
+    "check_regularizer",
     "outputs",
     "potentials",
     "targets",

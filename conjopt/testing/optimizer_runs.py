@@ -19,7 +19,6 @@ from conjopt.potentials import Logistic, Potential, Softmax, Squared
 
 __all__ = [
     "NAMES",
-    "Drawn",
     "MakeOptimizer",
     "Run",
     "Setting",
@@ -38,13 +37,6 @@ CRITERIA: dict[str, tuple[Callable[[], nn.Module], Potential]] = {
     "CrossEntropyLoss": (nn.CrossEntropyLoss, Softmax()),
     "BCEWithLogitsLoss": (nn.BCEWithLogitsLoss, Logistic()),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-    """A number or a name."""
-
-    value: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +104,7 @@ class Setting:
 @st.composite
 def settings(
     draw: st.DrawFn, *, model: str | None = None, scales: tuple[float, ...] = (1.0, 0.1, 3.0)
-) -> tuple[Drawn, ...]:
+) -> tuple[Any, ...]:
     """Settings, in the order of `NAMES`.
 
     Args:
@@ -121,12 +113,12 @@ def settings(
         scales: of inputs.
     """
     return (
-        Drawn(draw(st.sampled_from(["linear", "deep"])) if model is None else model),
-        Drawn(draw(st.sampled_from(list(CRITERIA)))),
-        Drawn(draw(st.sampled_from(scales))),
-        Drawn(draw(st.integers(1, 5))),
-        Drawn(draw(st.integers(0, 4))),
-        Drawn(draw(st.integers(0, 1000))),
+        draw(st.sampled_from(["linear", "deep"])) if model is None else model,
+        draw(st.sampled_from(list(CRITERIA))),
+        draw(st.sampled_from(scales)),
+        draw(st.integers(1, 5)),
+        draw(st.integers(0, 4)),
+        draw(st.integers(0, 1000)),
     )
 
 

@@ -8,9 +8,7 @@ import warnings
 from collections.abc import Callable, Collection
 from typing import Any
 
-import hypothesis
 import torch
-from hypothesis import strategies as st
 from torch.optim import Optimizer
 
 from conjopt.optim import ConjSGD
@@ -25,10 +23,10 @@ from conjopt.testing.optimizer_runs import (
 )
 from conjopt.testing.optimizer_theory import Theory, largest_tau
 from conjopt.testing.report import Report, Statement, Violation, ViolationError
+from conjopt.testing.searching import smallest
 
 __all__ = ["OptimizerReport", "check_optimizer"]
 
-PHASES = (hypothesis.Phase.generate, hypothesis.Phase.shrink)  # to explain takes longer than both
 C1 = "C1 of Thm 3.1: a L / 2 is below 1"
 REPORTED = "Thm 3.6: the reported trust region is tau sqrt(2 L / beta) / V"
 TRUST = "Thm 3.6: no more than (1 + tau)^2 times the excess risk"
@@ -164,7 +162,7 @@ def _checked(
         if name in left_out:
             continue
         examples = linear if name in theory.on_linear_models() else anywhere
-        violation = _violation(Statement(name, _of_parts(sides)), examples, max_examples)
+        violation = smallest(Statement(name, _of_parts(sides)), examples, NAMES, max_examples)
         if violation is None:
             hold.append(name)
         else:
@@ -209,31 +207,6 @@ def _of_parts(sides: Callable[[Setting], Sides]) -> Callable[..., Sides]:
 
     @functools.wraps(sides)
     def of_parts(*parts: Any) -> Sides:
-        return sides(Setting(*(part.value for part in parts)))
+        return sides(Setting(*parts))
 
     return of_parts
-
-
-def _violation(
-    statement: Statement, examples: st.SearchStrategy[Any], max_examples: int
-) -> Violation | None:
-    """The smallest counterexample found, None if there is none."""
-
-    def sides(parts: tuple[Any, ...]) -> tuple[str, str] | None:
-        try:
-            return statement.violated(*parts)
-        except Exception as error:
-            return f"{type(error).__name__}: {error}", "no error"
-
-    options = hypothesis.settings(
-        max_examples=max_examples, database=None, deadline=None, derandomize=True, phases=PHASES
-    )
-    try:
-        parts = hypothesis.find(examples, lambda drawn: sides(drawn) is not None, settings=options)
-    except hypothesis.errors.NoSuchExample:
-        return None
-    found = sides(parts)
-    if found is None:  # it was not deterministic
-        found = "not the same at a second look", "the same"
-    values = {name: part.value for name, part in zip(NAMES, parts, strict=True)}
-    return Violation(statement.name, *found, values)
