@@ -16,7 +16,9 @@ except ImportError as error:  # pragma: no cover
 
 from conjopt.testing.models import check_model
 from conjopt.testing.networks import Network, networks
+from conjopt.testing.optimizers import OptimizerReport, check_optimizer
 from conjopt.testing.potentials import check_potential
+from conjopt.testing.regularizers import check_regularizer
 from conjopt.testing.report import Report, Statement, Violation, ViolationError
 from conjopt.testing.strategies import (
     Batch,
@@ -33,13 +35,16 @@ __all__ = [
     "Batch",
     "DiscreteLaw",
     "Network",
+    "OptimizerReport",
     "Report",
     "Statement",
     "Violation",
     "ViolationError",
     "batches",
     "check_model",
+    "check_optimizer",
     "check_potential",
+    "check_regularizer",
     "discrete_laws",
     "losses",
     "networks",

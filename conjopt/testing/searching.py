@@ -1,0 +1,63 @@
+"""The smallest counterexample to a statement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import hypothesis
+import torch
+from hypothesis import strategies as st
+
+from conjopt.testing.report import Statement, Violation
+
+__all__ = ["smallest"]
+
+PHASES = (hypothesis.Phase.generate, hypothesis.Phase.shrink)  # to explain takes longer than both
+
+
+def smallest(
+    statement: Statement,
+    examples: st.SearchStrategy[tuple[Any, ...]],
+    names: Sequence[str],
+    max_examples: int,
+) -> Violation | None:
+    """Look for an example that contradicts a statement, and for smaller ones; None without any.
+
+    An error that the statement raises is a contradiction, too.
+
+    Args:
+        statement: of examples.
+        examples: a strategy of numbers and names.
+        names: of the parts of an example.
+        max_examples: to draw.
+    """
+    broken: list[tuple[Any, ...]] = []
+
+    def sides(parts: tuple[Any, ...]) -> tuple[str, str] | None:
+        torch.manual_seed(0)
+        try:
+            return statement.violated(*parts)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}", "no error"
+
+    def contradicts(parts: tuple[Any, ...]) -> bool:
+        found = sides(parts) is not None
+        if found:
+            broken.append(parts)
+        return found
+
+    options = hypothesis.settings(
+        max_examples=max_examples, database=None, deadline=None, derandomize=True, phases=PHASES
+    )
+    with torch.random.fork_rng(devices=[]):
+        try:
+            parts = hypothesis.find(examples, contradicts, settings=options)
+        except hypothesis.errors.NoSuchExample:
+            return None
+        except hypothesis.errors.Flaky:
+            parts = broken[-1]
+        found = sides(parts)
+    if found is None:
+        found = "not the same at a second look", "the same"
+    return Violation(statement.name, *found, dict(zip(names, parts, strict=True)))
