@@ -114,7 +114,7 @@ class ConditionalEntropy(BatchRegularizer):
             batch = batch.with_targets(batch.points - batch.share @ batch.points)
         mass = batch.mass[: batch.fresh]
         if self.potential.on_simplex:
-            mass = torch.where(_has_company(batch), mass, 0)
+            mass = torch.where(_has_company(batch, self.criterion), mass, 0)
         few = _few(mass)
         if few is not None:
             mass = mass[few]
@@ -184,15 +184,33 @@ def _few(mass: Tensor) -> Tensor | None:
     return few if 0 < 2 * len(few) < len(mass) else None
 
 
-def _has_company(batch: Rows) -> Tensor:
+def _has_company(batch: Rows, criterion: nn.Module | None) -> Tensor:
     """Whether a row of this step shares a class with another row, `(fresh,)` booleans."""
     counts = (batch.mass > 0).to(batch.rows.dtype)
     if batch.labels is not None:
         sizes = counts.new_zeros(batch.width).index_add(0, batch.labels, counts)
         return sizes[batch.labels[: batch.fresh]] > 1
-    points = batch.points[: batch.fresh]
-    shared = points @ (counts @ batch.points) - points.square().sum(1)
+    every = _before_smoothing(batch.points, criterion)
+    points = every[: batch.fresh]
+    shared = points @ (counts @ every) - points.square().sum(1)
     return shared > torch.finfo(shared.dtype).eps ** 0.5
+
+
+def _before_smoothing(points: Tensor, criterion: nn.Module | None) -> Tensor:
+    """What targets were before the criterion smoothed and weighed them: smoothed, all share."""
+    smoothing = float(getattr(criterion, "label_smoothing", 0.0))
+    if not 0 < smoothing < 1:
+        return points
+    each, total = smoothing / points.shape[1], 1.0
+    weight = getattr(criterion, "weight", None)
+    if weight is not None:  # a class without weight is taken to have had no share
+        weight = weight.to(points)
+        points = points / torch.where(weight > 0, weight, 1)
+        total = 1 - each * (weight == 0).sum()
+    points = points * (
+        total / points.sum(1, keepdim=True).clamp(min=torch.finfo(points.dtype).tiny)
+    )
+    return ((points - each) / (1 - smoothing)).clamp(min=0)
 
 
 def _inside(potential: Potential, mean: Tensor) -> Tensor:

@@ -146,6 +146,18 @@ def test_class_weights_ignored_rows_and_smoothing_are_the_criterions(batch, smoo
     assert_close(scatter.estimate(f_nan, labels), naive.scatter(*args), **close)
 
 
+@settings(max_examples=40)
+@given(batches(), st.sampled_from([0.0, 0.2]), st.booleans())
+def test_classes_and_their_vertices_are_the_same_targets(batch, smoothing, weighted):
+    """Smoothed, a vertex shares mass with all others: a row's company is that of before."""
+    m, k, generator = batch
+    f, y = outputs_and_points(Softmax(), m, k, generator, hard=True)
+    weight = torch.rand(k, generator=generator, dtype=torch.float64) + 0.1 if weighted else None
+    criterion = nn.CrossEntropyLoss(weight=weight, label_smoothing=smoothing)
+    term = ConditionalEntropy(potential=criterion)
+    assert_close(term.estimate(f, y), term.estimate(f, y.argmax(1)), **EXACT)
+
+
 ALL = [
     ConditionalEntropy(),
     OutputCodingRate(),
