@@ -215,6 +215,15 @@ def test_structure_matrices_are_compared(monkeypatch: pytest.MonkeyPatch):
     assert "structure matrices of two samples are measured wrong" in message(nn.Linear(6, 4))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_gradients_of_rounding_alone_are_not_compared(seed: int):
+    """One class has no loss, and one number, normalised, is none: all that is left is rounding."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 1), nn.LayerNorm(1), nn.Tanh(), nn.Linear(1, 1)).double()
+    x, y = torch.randn(4, 3, dtype=torch.float64), torch.zeros(4, dtype=torch.long)
+    self_check(model, nn.CrossEntropyLoss(), x, y)
+
+
 def test_public_norms_are_compared(monkeypatch: pytest.MonkeyPatch):
     plain = comparing.per_sample_gradient_norms
     monkeypatch.setattr(comparing, "per_sample_gradient_norms", lambda *args: 2 * plain(*args))

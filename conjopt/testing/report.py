@@ -12,6 +12,9 @@ from torch import Tensor
 
 __all__ = ["Report", "Statement", "Violation", "ViolationError", "run"]
 
+# To explain a counterexample takes hypothesis longer than to find and to shrink it.
+PHASES = (hypothesis.Phase.generate, hypothesis.Phase.shrink)
+
 
 @dataclasses.dataclass(frozen=True)
 class Violation:
@@ -199,6 +202,7 @@ def _smallest(
         database=None,
         deadline=None,
         derandomize=True,
+        phases=PHASES,
         suppress_health_check=[hypothesis.HealthCheck.too_slow],  # a model may be
     )
     @hypothesis.given(examples)

@@ -9,11 +9,9 @@ import hypothesis
 import torch
 from hypothesis import strategies as st
 
-from conjopt.testing.report import Statement, Violation
+from conjopt.testing.report import PHASES, Statement, Violation
 
 __all__ = ["smallest"]
-
-PHASES = (hypothesis.Phase.generate, hypothesis.Phase.shrink)  # to explain takes longer than both
 
 
 def smallest(
