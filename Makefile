@@ -37,6 +37,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python tests/benchmarks/step_time.py
 	$(BIN)/python tests/benchmarks/loss_time.py
 	$(BIN)/python tests/benchmarks/measuring.py
+	$(BIN)/python tests/benchmarks/small_structures.py
 	$(BIN)/python tests/benchmarks/weak_spots.py
 	$(BIN)/python tests/benchmarks/regularizers.py
 	if [ -d "$(DATA)" ]; then \
