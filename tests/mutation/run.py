@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -213,33 +214,41 @@ def check(results: list[dict[str, Any]], reach: Reach) -> list[str]:
     return ended[0]["failed"]
 
 
+def explained() -> dict[str, str]:
+    """The survivors of docs/mutation.md, and whether they are equivalent to the code."""
+    page = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    return dict(re.findall(r"^\| `([0-9a-f]{8})` \| (equivalent|left) \|", page, re.MULTILINE))
+
+
 def table(mutants: list[Mutant], results: dict[str, dict[str, Any]]) -> int:
     """Print the results; the number of packages below nine tenths and survivors not explained."""
-    page = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
-    bad = 0
-    print("\n| package | mutants | killed | of these by time | survived | killed, % |")
-    print("|---|---|---|---|---|---|")
+    known, bad = explained(), 0
+    print(
+        "\n| package | mutants | killed | by time | equivalent | left | killed, % | of others, % |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for package in dict.fromkeys(m.package for m in mutants):
         keys = [m.key for m in mutants if m.package == package and m.key in results]
-        hows = [results[key]["how"] for key in keys]
-        count = sum(how != "error" for how in hows)
-        survived = hows.count("survived")
-        share = 100 * (count - survived) / max(1, count)
+        hows = {key: results[key]["how"] for key in keys if results[key]["how"] != "error"}
+        survived = [key for key, how in hows.items() if how == "survived"]
+        same = sum(known.get(key) == "equivalent" for key in survived)
+        killed = len(hows) - len(survived)
+        share = 100 * killed / max(1, len(hows) - same)
         bad += share < 90
         print(
-            f"| `{package}` | {count} | {count - survived} | {hows.count('timeout')} "
-            f"| {survived} | {share:.1f} |"
+            f"| `{package}` | {len(hows)} | {killed} | {list(hows.values()).count('timeout')} "
+            f"| {same} | {len(survived) - same} | {100 * killed / max(1, len(hows)):.0f} "
+            f"| {share:.0f} |"
         )
     for mutant in mutants:
         found = results.get(mutant.key, {"how": "not run"})
         if found["how"] not in (*NOT_KILLED, "not run"):
             continue
-        explained = mutant.key in page
-        bad += not explained
+        bad += mutant.key not in known
         print(f"\n{mutant.key}: {found['how']}, {found.get('ran')} of {found.get('tests')} tests")
         print(f"{mutant.path}:{mutant.line} in {mutant.spec.definition_name}")
         print(f"  - {mutant.before}\n  + {mutant.after}")
-        print("  explained in docs/mutation.md" if explained else "  NOT EXPLAINED")
+        print(f"  docs/mutation.md: {known.get(mutant.key, 'NOT EXPLAINED')}")
     return bad
 
 
