@@ -17,6 +17,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / ".mutation"
 MEMORY = 8 * 2**30  # bytes; a mutant that asks for more fails
+TIMERS = {signal.SIGALRM, signal.SIGPROF}
 # What the tests import and does not import conjopt.
 AHEAD = (
     "torch", "torch._dynamo", "pytest", "hypothesis.extra.numpy", "scipy.stats", "scipy.optimize",
@@ -61,7 +62,13 @@ def result(name: str, status: int) -> dict[str, Any]:
         return json.loads(file.read_text())
     if not os.WIFSIGNALED(status):
         return {"ended": "error"}
-    return {"ended": "timeout" if os.WTERMSIG(status) == signal.SIGALRM else "crash"}
+    return {"ended": "timeout" if os.WTERMSIG(status) in TIMERS else "crash"}
+
+
+def time_limit(seconds: float) -> None:
+    """End this process after so many seconds of its own, or ten times as many of the clock."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.alarm(int(10 * seconds))
 
 
 def each(

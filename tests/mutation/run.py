@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import sys
 import time
 from importlib.abc import MetaPathFinder
@@ -25,13 +24,13 @@ from typing import Any
 
 from cosmic_ray.work_db import use_db
 from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkItem, WorkResult
-from forks import FOLDER, ROOT, each, import_ahead, pytest_options, steady_hypothesis
+from forks import FOLDER, ROOT, each, import_ahead, pytest_options, steady_hypothesis, time_limit
 from mutants import Mutant, draw
 from reach import Reach, update
 from texts import PACKAGES, digest, text
 
 PAGE = ROOT / "docs" / "mutation.md"
-REST = 120  # seconds for what is not a test: imports, collection
+REST = 60  # seconds for what is not a test: imports, collection
 NOT_KILLED = ("survived", "error")
 
 
@@ -79,10 +78,10 @@ class Chosen:
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.ran += 1
-        signal.alarm(int(20 + 5 * self.seconds[nodeid]))  # which ends the process
+        time_limit(20 + 5 * self.seconds[nodeid])
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
-        signal.alarm(REST)
+        time_limit(REST)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed:
@@ -101,7 +100,7 @@ def run_tests(tests: list[tuple[str, float]], folder: Path, stop: bool = True) -
         if not part:
             continue
         plugin = Chosen([test for test in tests if test[0].partition("::")[0] in part])
-        signal.alarm(REST)
+        time_limit(REST)
         options = pytest_options(folder) + ["-x"] * stop
         codes.add(int(pytest.main([*options, *part], plugins=[plugin])))
         ran, failed = ran + plugin.ran, failed + plugin.failed
@@ -114,7 +113,7 @@ def try_mutant(mutant: Mutant, tests: list[tuple[str, float]], folder: Path) -> 
     """What the forked process of a mutant does."""
     finder = Mutated(mutant.path, mutant.source())
     sys.meta_path.insert(0, finder)
-    signal.alarm(REST)
+    time_limit(REST)
     try:
         importlib.import_module(finder.name)
     except Exception as error:
@@ -191,7 +190,7 @@ def run(package: str, mutants: list[Mutant], reach: Reach, args: argparse.Namesp
             shutil.rmtree(FOLDER / "runs" / key)
         print(
             f"{time.monotonic() - start:6.0f} s {number:4}/{len(mutants)} {key} {found['how']:8} "
-            f"{mutant.path}:{mutant.line}: {mutant.after.splitlines()[0]}",
+            f"{mutant.path}:{mutant.line}: {mutant.after.partition(chr(10))[0]}",
             flush=True,
         )
 
@@ -257,7 +256,7 @@ def main() -> None:
     parser.add_argument("packages", nargs="*", default=list(PACKAGES), metavar="PACKAGE")
     parser.add_argument("--count", type=int, default=25, help="mutants of each package")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=60, help="of tests for each mutant")
+    parser.add_argument("--seconds", type=float, default=120, help="of tests for each mutant")
     parser.add_argument("--again", action="store_true", help="try survivors again")
     parser.add_argument("--report", action="store_true", help="only show what there is")
     args = parser.parse_args()
