@@ -41,3 +41,10 @@ def test_rows_of_two_ranks(monkeypatch, soft):
     assert found.fresh == 10
     (gradient,) = torch.autograd.grad(found.rows.sum(), leaf)
     assert_close(gradient, torch.full_like(leaf, 2.0))
+
+
+def test_a_rank_by_itself_sends_nothing(monkeypatch):
+    own = rows_of(0, 5, False)
+    monkeypatch.setattr(ranks.dist, "get_world_size", lambda group: 1)
+    monkeypatch.setattr(ranks.dist, "get_rank", lambda group: 0)
+    assert gathered(own, None) is own
