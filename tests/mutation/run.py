@@ -153,12 +153,13 @@ def as_result(mutant: Mutant, found: dict[str, Any]) -> WorkResult:
 
 def prepare(package: str, mutants: list[Mutant], again: bool) -> list[Mutant]:
     """Write the session of these mutants with the results that still hold; return the others."""
-    kept = {}
+    kept, old, known = {}, results_of(package), explained()
     for mutant in mutants:
-        found = results_of(package).get(mutant.key)
+        found = old.get(mutant.key)
         if found is None or found["source"] != digest(text(mutant.path)):
             continue
-        if found["how"] == "killed" or not (again or found["how"] == "error"):
+        retry = again and known.get(mutant.key) != "equivalent"
+        if found["how"] not in ("error", "survived") or (found["how"] == "survived" and not retry):
             kept[mutant.key] = found
     session = FOLDER / f"{package}.sqlite"
     new = session.with_suffix(".new")
@@ -254,10 +255,10 @@ def table(mutants: list[Mutant], results: dict[str, dict[str, Any]]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("packages", nargs="*", default=list(PACKAGES), metavar="PACKAGE")
-    parser.add_argument("--count", type=int, default=25, help="mutants of each package")
+    parser.add_argument("--count", type=int, default=40, help="mutants of each package")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=120, help="of tests for each mutant")
-    parser.add_argument("--again", action="store_true", help="try survivors again")
+    parser.add_argument("--again", action="store_true", help="survivors again, if not equivalent")
     parser.add_argument("--report", action="store_true", help="only show what there is")
     args = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", CI="1")  # hypothesis keeps no database there

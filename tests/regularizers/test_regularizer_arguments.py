@@ -133,6 +133,11 @@ def test_targets_outside_of_the_domain(kind):
             kind(potential=nn.BCEWithLogitsLoss())(f, 2 * torch.ones(8, 3))
 
 
+def test_a_term_without_a_value_is_none():
+    with pytest.raises(TypeError, match="abstract"):
+        BatchRegularizer(1.0)
+
+
 def test_a_term_of_ones_own_ignores_what_the_losses_ignore():
     class Mean(BatchRegularizer):
         def _value(self, batch):
