@@ -12,6 +12,7 @@ from conjopt.regularizers import (
     ConditionalEntropy,
     OutputCodingRate,
     PredictiveEntropy,
+    Regularizer,
     WithinClassScatter,
     coding_rate,
 )
@@ -83,6 +84,17 @@ def test_rows_that_do_not_count_need_not_be_finite(kind):
     assert torch.equal(term.estimate(f, y), expected)
     term(f, y)
     assert term.skipped == 0
+
+
+def test_a_term_is_not_asked_for_the_greatest_of_nothing():
+    class Greatest(Regularizer):
+        def _value(self, batch):
+            return batch.rows.max()
+
+    term = Greatest(1.0)
+    assert nothing(*value_and_gradient(term, torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)))
+    f, y = random_batch()
+    assert term(f, y) == f.max()
 
 
 def test_a_class_of_one_row_is_not_factorised(monkeypatch):
