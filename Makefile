@@ -5,8 +5,10 @@ BIN    := $(VENV)/bin
 OUT    ?= demo-output
 # Data sets for the training benchmark; it is left out where the folder is missing.
 DATA   ?= ../shared/data
+# Arguments of tests/mutation/run.py, such as "optim --count 100".
+MUTATION ?=
 
-.PHONY: demo test test-all lint docs bench clean
+.PHONY: demo test test-all lint docs bench mutation clean
 
 # The environment is built anew when its recipe changes. torch goes first and pinned, so that no
 # other requirement can choose another build of it.
@@ -51,6 +53,14 @@ bench: $(VENV)/.ready
 	  $(BIN)/python tests/benchmarks/clean_small.py && \
 	  $(BIN)/python tests/benchmarks/certificates.py; \
 	fi
+
+$(VENV)/.mutation: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[mutation]"
+	touch $@
+
+# Goes on where it was stopped; `rm -r .mutation` begins anew.
+mutation: $(VENV)/.mutation
+	$(BIN)/python tests/mutation/run.py $(MUTATION)
 
 clean:
 	rm -rf $(VENV) docs/_build demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

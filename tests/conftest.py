@@ -15,6 +15,9 @@ settings.register_profile("conjopt", deadline=None, derandomize=bool(os.environ.
 settings.load_profile("conjopt")
 
 
+# A command of its own, whose requirements not everyone has.
+collect_ignore = ["mutation"]
+
 # Processes of a group, which stay up for all modules, as it takes them seconds to start.
 
 

@@ -514,3 +514,12 @@ def test_half_precision_is_computed_in_float32(potential: Entmax, dtype: torch.d
         assert torch.equal(potential.conjugate(half), potential.conjugate(half.float()).to(dtype))
     assert potential.loss(torch.tensor([0, 0, 1]), torch.zeros(3)).isfinite()  # integer one-hot
     assert potential.class_loss(torch.tensor(2, dtype=torch.uint8), torch.zeros(3)).isfinite()
+
+
+@pytest.mark.parametrize("order", [1.2, 1.5, 1.7, 2.0])
+def test_the_divergence_from_a_sparse_mean(order):
+    y = torch.tensor([0.5, 0.3, 0.0, 0.2], dtype=torch.float64)
+    mean = torch.tensor([0.6, 0.0, 0.4, 0.0], dtype=torch.float64)
+    value = (y**order - mean**order).sum() / (order * (order - 1))
+    slope = (mean ** (order - 1) * (y - mean)).sum() / (order - 1)
+    assert_close(Entmax(order).divergence(y, mean), value - slope, rtol=1e-12, atol=0)

@@ -141,6 +141,21 @@ def test_norms_and_gradients_are_the_plain_ones(name, fused, held, monkeypatch):
     assert_close(probe.norms, expected, rtol=1e-12, atol=0)
 
 
+def test_a_convolution_is_measured_a_few_samples_at_a_time(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(live, "SLAB", 1)
+    monkeypatch.setattr(
+        live,
+        "squared_norms",
+        lambda found: sizes.extend(p.sizes[1] for p in found) or pieces.squared_norms(found),
+    )
+    model, x = make("by name")
+    EnergyProbe(model)
+    CRITERION(model(x), Y).backward()
+    assert sizes.count(1) == 2 * len(Y)  # weight and bias of the convolution
+    assert len(sizes) == 2 * len(Y) + 2
+
+
 def test_a_sum_is_taken_where_it_is_promised(monkeypatch):
     """Sums of per-sample gradients that are changed on their way arrive in `.grad`."""
     joined = live.Live.joined

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     RandomSampler,
+    SequentialSampler,
     Subset,
     SubsetRandomSampler,
     TensorDataset,
@@ -23,6 +25,7 @@ from conjopt.bounds import (
     TopClass,
     generalization_report,
     heldout_certificate,
+    report_reading,
     uniform_gap_bound,
 )
 from conjopt.entropy import (
@@ -32,7 +35,7 @@ from conjopt.entropy import (
     kernel_conditional_entropy,
     quantized_feature_entropies,
 )
-from conjopt.losses import EntmaxLoss, PoissonLoss, SquaredLoss
+from conjopt.losses import EntmaxLoss, PoissonLoss, SquaredLoss, potential_of
 from conjopt.potentials import Softmax
 
 CLIP = 2.0
@@ -502,3 +505,29 @@ def test_loaders_that_do_not_fit_are_refused_by_name(part, batches, error, messa
 def test_a_criterion_without_known_units_is_refused():
     with pytest.raises(TypeError, match="not recognised"):
         generalization_report(clipped(), nn.HuberLoss(), *split(*samples()))
+
+
+def test_one_hot_targets_have_labels_and_others_none():
+    rows = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 1.0], [0.0, 1.0, 3.0]], dtype=torch.float64)
+    points = torch.eye(3, dtype=torch.float64)[[0, 1, 1]]
+    view = potential_of(nn.CrossEntropyLoss())
+    labels, wrong = report_reading._labels(view, points, rows, None)
+    assert labels.tolist() == [0, 1, 1]
+    assert wrong.tolist() == [False, False, True]
+    assert report_reading._labels(view, 0.9 * points + 0.1 / 3, rows, None) == (None, None)
+    view = potential_of(nn.BCEWithLogitsLoss())
+    labels, wrong = report_reading._labels(view, points, rows, None)
+    assert labels[1] == labels[2] != labels[0]
+    assert wrong.all()
+
+
+def test_what_a_loader_of_its_own_batches_reads_is_not_known():
+    data = TensorDataset(torch.arange(8.0))
+
+    class Own(BatchSampler):
+        pass
+
+    plain = DataLoader(data, batch_size=2)
+    assert report_reading._entries(plain) == (data, set(range(8)))
+    own = DataLoader(data, batch_sampler=Own(SequentialSampler(data), 2, False))
+    assert report_reading._entries(own) == (None, set())

@@ -464,6 +464,7 @@ MIXING: dict[str, Any] = {
     "places and samples in chunks": lambda y: (c := y.repeat_interleave(2, 0).chunk(2))[0] * c[1],
     "normalised over the batch": lambda y: F.normalize(y, 2.0, 0),
     "rolled": lambda y: torch.roll(y, 1, 0),
+    "rolled as one row": lambda y: torch.roll(y, 1),
     "flipped": lambda y: y.flip(0),
     "sorted": lambda y: y.sort(0)[0],
     "summed up": lambda y: y.cumsum(0),

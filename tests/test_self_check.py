@@ -382,3 +382,24 @@ def test_first_use_keeps_no_model_alive():
     del model
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize(
+    ("module", "drops"),
+    [
+        (nn.Dropout(0.5), True),
+        (nn.Dropout(0.0), False),
+        (nn.LSTM(2, 2, num_layers=2, dropout=0.5), True),
+        (nn.LSTM(2, 2), False),
+        (nn.TransformerEncoderLayer(4, 2), False),  # whose `dropout` is a module, met by itself
+        (nn.Linear(2, 2), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_drops_out(module, drops):
+    assert comparing._drops_out(module) is drops
+
+
+def test_many_names_are_cut_short():
+    assert comparing._names(list("abcdefgh")).endswith("'g', 'h'")
+    assert comparing._names(list("abcdefghi")).endswith("'h' and 1 more")

@@ -385,3 +385,19 @@ def test_steps_that_may_not_be_taken_are_not_tried():
     optimizer.step()
     assert optimizer.status().limited_by == "max_step"
     assert "realised change" not in optimizer.status().limits
+
+
+def test_a_step_that_was_cut_when_tried_says_so():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1)
+    )
+    loss = nn.MSELoss()
+    optimizer = ConjSGD(model.parameters(), model=model, loss=loss)
+    loss(model(torch.randn(16, 4)), 1e3 * torch.randn(16, 1)).backward()
+    optimizer.step()
+    status = optimizer.status()
+    assert status.limited_by == "realised change"
+    assert status.limits["realised change"] == status.step_size
+    others = [limit for name, limit in status.limits.items() if name != "realised change"]
+    assert status.step_size < min(others)

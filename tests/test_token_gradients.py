@@ -259,6 +259,7 @@ def test_a_small_budget_takes_a_place_at_a_time(name: str, monkeypatch: pytest.M
         (F.nll_loss, (2, 3, 3), (2, 3), ValueError),
         (nn.L1Loss(), (2, 3, 4), (1, 1, 4), ValueError),
         (nn.CrossEntropyLoss(), (4,), (), ValueError),
+        (nn.MSELoss(), (2, 3, 4), (2, 3, 1), ValueError),
     ],
     ids=str,
 )

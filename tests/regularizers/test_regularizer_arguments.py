@@ -11,6 +11,7 @@ from torch import nn
 from conjopt.potentials import Logistic, Poisson, Squared
 from conjopt.regularizers import (
     AttainableLoss,
+    BatchRegularizer,
     ConditionalEntropy,
     OutputCodingRate,
     PredictiveEntropy,
@@ -130,6 +131,20 @@ def test_targets_outside_of_the_domain(kind):
     if kind is not PredictiveEntropy:
         with pytest.raises(ValueError, match=r"expected numbers in \[0, 1\]"):
             kind(potential=nn.BCEWithLogitsLoss())(f, 2 * torch.ones(8, 3))
+
+
+def test_a_term_without_a_value_is_none():
+    with pytest.raises(TypeError, match="abstract"):
+        BatchRegularizer(1.0)
+
+
+def test_a_term_of_ones_own_ignores_what_the_losses_ignore():
+    class Mean(BatchRegularizer):
+        def _value(self, batch):
+            return batch.share @ batch.rows[:, 0]
+
+    f = torch.tensor([[1.0, 0.0], [9.0, 0.0], [3.0, 0.0]])
+    assert Mean(1.0)(f, torch.tensor([0, -100, 1])) == 2
 
 
 @of_kind

@@ -12,8 +12,11 @@ from conjopt.regularizers import (
     ConditionalEntropy,
     OutputCodingRate,
     PredictiveEntropy,
+    Regularizer,
     WithinClassScatter,
+    coding_rate,
 )
+from conjopt.regularizers.logdet import half_logdet
 
 KINDS = [
     ConditionalEntropy,
@@ -69,6 +72,44 @@ def test_rows_that_do_not_count_are_not_there(kind):
         assert nothing(value, gradient)
     assert torch.equal(value, kind().estimate(f[3:4], y[3:4]))
     assert (gradient[nowhere < 0] == 0).all()
+
+
+@of_kind
+def test_rows_that_do_not_count_need_not_be_finite(kind):
+    f, y = random_batch()
+    y[3] = -100
+    expected = kind().estimate(f, y)
+    f[3] = torch.nan
+    term = kind()
+    assert torch.equal(term.estimate(f, y), expected)
+    term(f, y)
+    assert term.skipped == 0
+
+
+def test_a_term_is_not_asked_for_the_greatest_of_nothing():
+    class Greatest(Regularizer):
+        def _value(self, batch):
+            return batch.rows.max()
+
+    term = Greatest(1.0)
+    assert nothing(*value_and_gradient(term, torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)))
+    f, y = random_batch()
+    assert term(f, y) == f.max()
+
+
+def test_a_class_of_one_row_is_not_factorised(monkeypatch):
+    """Of 12 rows the two that share a class are left: the others' determinants are 1."""
+    sizes = []
+    monkeypatch.setattr(
+        coding_rate,
+        "half_logdet",
+        lambda matrices, *rest: sizes.append(len(matrices)) or half_logdet(matrices, *rest),
+    )
+    f, _ = random_batch(12, 100)
+    y = torch.arange(12) + 50
+    y[1] = y[0]
+    assert OutputCodingRate().estimate(f, y) > 0
+    assert sizes == [2]
 
 
 @of_kind
@@ -245,8 +286,9 @@ def test_where_looking_would_wait_estimate_says_so(monkeypatch):
             ConditionalEntropy, "_warn", lambda self, skipped, depth: None
         )  # as on a device
         term(torch.full_like(f, torch.nan), y)
-    with pytest.warns(UserWarning, match="adds 0"):
+    with pytest.warns(UserWarning, match="adds 0") as caught:
         term.estimate(f, y)
+    assert caught[0].filename == __file__
 
 
 @of_kind

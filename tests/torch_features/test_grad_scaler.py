@@ -19,6 +19,8 @@ from loop import (
 from torch import nn
 from torch.amp import GradScaler
 
+from conjopt.optim.scaling import unscaled_by
+
 OPTIONS = {"warmup": 3, "measure_every": 4}
 
 
@@ -177,3 +179,17 @@ def test_state_of_scaler_and_optimizer_resume_together(rule):
     train(model, optimizer, 1)  # and without it
     train(twin, other, 1)
     assert equal(parameters(model), parameters(twin))
+
+
+def test_a_scaler_that_did_not_call_for_the_step_divided_nothing():
+    class Own(GradScaler):
+        def asked(self) -> float:
+            return unscaled_by()
+
+        def _maybe_opt_step(self, *given) -> float:
+            return self.asked()
+
+    scaler = Own("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))  # which makes the scale
+    assert scaler.asked() == 1
+    assert scaler._maybe_opt_step() == 4

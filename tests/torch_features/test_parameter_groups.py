@@ -152,6 +152,7 @@ def test_a_group_added_on_the_way_is_one_that_was_frozen_until_then(rule):
             state = copy.deepcopy(optimizer.state_dict()["state"])
             model.zero_grad()
             optimizer.add_param_group({"params": model[:3].parameters(), **late})
+            assert optimizer.param_groups[-1]["step_size"] == 0  # none taken yet
             twin[:3].requires_grad_(True)
             assert same(state, optimizer.state_dict()["state"])
     assert not equal(parameters(model[:3]), parameters(network()[:3]))
