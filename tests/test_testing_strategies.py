@@ -22,7 +22,8 @@ ONE_TERM = tuple(kind for kind in KINDS if kind != "tokens")
 @st.composite
 def instances(draw: st.DrawFn, kinds=KINDS, **options) -> tuple[Network, nn.Module, Batch]:
     network = draw(networks(kinds=kinds))
-    loss = draw(losses(k=network.k, **options))
+    # One weight for each of k elements does not fit outputs (m, k, tokens).
+    loss = draw(losses(k=network.k, **{"one_term": network.kind == "tokens", **options}))
     return network, loss, draw(batches(network, loss))
 
 
