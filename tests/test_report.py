@@ -24,7 +24,7 @@ from conjopt.report.digest import Digest, digest, run_file
 from conjopt.report.lines import HEADER
 from conjopt.report.panels import panels
 from conjopt.report.series import Series
-from conjopt.report.words import sentences
+from conjopt.report.words import headline, sentences
 
 NASTY = "<script>alert('ü & \"x\"')</script>"
 
@@ -351,12 +351,47 @@ def test_the_sentences_of_a_run():
     assert sentences(of(records)) == [
         "6 records, steps 1 to 5.",
         "Loss 0.2 at step 5, -0.05 above the data floor.",
+        "2 steps were skipped: something was not finite.",
         "The step size is 0.1, set by trust region. "
         "Over the records: edge 60 %, trust region 40 %.",
-        "2 steps were skipped: something was not finite.",
         "C1 fails since step 4.",
         "Loss of the batch was NaN in 1 record, first at step 4.",
     ]
+
+
+def test_a_loss_is_told_at_the_step_that_it_is_of():
+    found = of([{"step": 1, "loss": 0.5}, {"step": 1000, "test_accuracy": 0.9}])
+    assert sentences(found)[1] == "Loss 0.5 at step 1."
+    found = of([{"step": 1, "loss": math.nan}, {"step": 2, "loss": math.inf}])
+    assert sentences(found)[1] == "Loss is infinite at step 2, and was never finite."
+    assert headline(found.runs[0]) == "loss infinite, step 2"
+
+
+@pytest.mark.parametrize("block", [1, 2, 1000])
+def test_steps_that_were_skipped_since_the_last_one_that_was_taken(block):
+    skip = {"step": 4, "limited_by": None}
+    records = [
+        record(3, skipped_steps=1),
+        record(4, skipped_steps=1),
+        {"step": 4, "test_loss": 2.0},
+        skip | {"skipped_steps": 2, "loss": math.nan},
+        skip | {"skipped_steps": 4, "loss": math.nan},
+    ]
+    found = Digest()
+    for start in range(0, len(records), block):
+        found.add(records[start : start + block])
+    (run,) = found.runs
+    assert (run.skipped, run.skipped_since, run.taken) == (4, 3, (4, 1))
+    assert run.limits == {"edge": 2}
+    told = sentences(found)
+    assert "4 steps were skipped, 3 of them since step 4: something was not finite." in told
+    found.add([record(5, skipped_steps=4)])
+    assert run.skipped_since == 0
+    assert "4 steps were skipped: something was not finite." in sentences(found)
+
+
+def test_a_floor_of_zero_is_not_told_of():
+    assert sentences(of([record(2, data_floor=0.0)]))[1] == "Loss 0.5 at step 2."
 
 
 def test_a_condition_that_holds_again_has_failed():

@@ -219,6 +219,27 @@ def test_a_run_is_followed_until_it_is_interrupted(follow, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"history.jsonl", "page.html"}
 
 
+def test_following_tells_of_steps_that_are_skipped(follow, tmp_path):
+    path = tmp_path / "history.jsonl"
+    write(path, [1], limited_by="edge", skipped_steps=0)
+
+    def skip(count):
+        def act():
+            with path.open("ab") as file:
+                file.write(
+                    b'{"step": 1, "limited_by": null, "skipped_steps": %d, "loss": "nan"}\n' % count
+                )
+
+        return act
+
+    _, told = follow(path, skip(10), skip(25))
+    ill = "loss NaN, last finite 1 at step 1, step 1; 1 new record"
+    assert told[1:] == [
+        [f"10 steps skipped (10 new), {ill}"],
+        [f"25 steps skipped (15 new), {ill}"],
+    ]
+
+
 def test_a_file_that_is_cut_or_replaced_is_read_anew(follow, tmp_path):
     path, other = write(tmp_path / "history.jsonl", range(1, 9)), tmp_path / "other.jsonl"
 

@@ -77,7 +77,8 @@ def _follow(lines: Lines, found: Digest, html: Path | None) -> None:
     try:
         while True:
             time.sleep(POLL)
-            before = found.records
+            before, run_before = found.records, found.latest
+            skipped = run_before.skipped if run_before is not None else 0
             try:
                 anew = lines.replaced
                 if not anew:
@@ -87,12 +88,13 @@ def _follow(lines: Lines, found: Digest, html: Path | None) -> None:
             if anew:
                 _say("The file was cut or replaced; reading it anew.")
                 lines.close()
-                lines, found, before = _opened(path), Digest(), 0
+                lines, found, before, skipped = _opened(path), Digest(), 0, 0
                 _read(lines, found, growing=True)
             if found.records > before and found.latest is not None:
                 latest = found.latest
+                new = headline(latest, before=skipped if latest is run_before else 0)
                 named = f"{latest.name}: " if latest.name else ""
-                _say(f"{named}{headline(latest)}; {counted(found.records - before, 'new record')}")
+                _say(f"{named}{new}; {counted(found.records - before, 'new record')}")
                 _write(found, path, html)
     finally:
         lines.close()

@@ -61,6 +61,8 @@ class Run:
         series: quantity to its numbers.
         limits: in the order of their codes, what set the step, to how often.
         conditions: C1 to C4.
+        taken: place of the last record of a step that an optimizer took, and how many were
+            skipped until then; None before any.
     """
 
     name: str
@@ -73,9 +75,21 @@ class Run:
     series: dict[str, Series] = dataclasses.field(default_factory=dict)
     limits: dict[str, int] = dataclasses.field(default_factory=dict)
     conditions: dict[str, Condition] = dataclasses.field(default_factory=dict)
+    taken: tuple[float, int] | None = None
     # The last step of records that an optimizer wrote (True) and of those that a loop wrote, which
     # may count from 0 where the other counts from 1.
     steps: dict[bool, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were skipped."""
+        value = self.value("skipped_steps")
+        return int(value) if isinstance(value, int | float) and 0 < value < MOST else 0
+
+    @property
+    def skipped_since(self) -> int:
+        """Steps that were skipped since the last record of one that was taken."""
+        return self.skipped - (0 if self.taken is None else self.taken[1])
 
     def value(self, *names: str) -> Any:
         """The last value of the first of these names that has one; else None.
@@ -166,6 +180,8 @@ class Digest:
         run.last = float(x[-1])
         columns = _columns(records)
         code = self._limits(run, columns["limited_by"]) if "limited_by" in columns else None
+        if code is not None and "skipped_steps" in columns:
+            _see_taken(run, columns["limited_by"], columns["skipped_steps"], x)
         for key, column in columns.items():
             if key in run.latest or len(run.latest) < SERIES:
                 last = next((value for value in reversed(column) if value is not None), None)
@@ -334,6 +350,15 @@ def _number(value: object) -> float:
         return float(value) if isinstance(value, int | float) else np.nan
     except OverflowError:  # a whole number that no float can hold
         return np.inf if isinstance(value, int) and value > 0 else -np.inf
+
+
+def _see_taken(run: Run, limits: Sequence[Value], skipped: Sequence[Value], x: Numbers) -> None:
+    """Find the last step that was taken: of one that was skipped there is nothing that limits."""
+    for place in range(len(x) - 1, -1, -1):
+        count = skipped[place]
+        if isinstance(limits[place], str) and isinstance(count, int):
+            run.taken = float(x[place]), count
+            return
 
 
 def _places(steps: Numbers, run: Run) -> Numbers:
