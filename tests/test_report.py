@@ -132,6 +132,18 @@ def test_numbers_that_no_float_can_hold_and_values_of_other_kinds():
     assert run.name == "[1]"
 
 
+@pytest.mark.parametrize("block", [1, 1000])
+@pytest.mark.parametrize("step", [[1], {"a": 1}, [], "one"])
+def test_a_step_that_is_no_number_is_as_none(step, block):
+    records = [{"step": 3, "loss": 1.0}, {"step": step, "loss": 2.0}, {"step": step, "loss": 4.0}]
+    found = Digest()
+    for start in range(0, len(records), block):
+        found.add(records[start : start + block])
+    (run,) = found.runs
+    assert run.series["loss"].x.tolist() == [3, 3, 3]
+    assert of(records[1:]).runs[0].x == "record"
+
+
 @pytest.mark.parametrize("block", [1, 3, 1000])
 def test_runs_are_told_apart_by_their_labels_and_by_steps_that_go_back(block):
     records = [
@@ -569,10 +581,23 @@ def test_a_floor_of_zero_is_told_and_not_drawn():
 
 def test_a_line_does_not_run_on_over_what_is_no_number():
     losses = [1.0, 2.0, math.nan, 3.0, 4.0]
-    page = page_module.page(of([{"step": i, "loss": v} for i, v in enumerate(losses)]), "run")
+    records = [{"step": i, "loss": v} for i, v in enumerate(losses)]
+    (axes,) = plot(records).axes
+    assert axes.lines[0].get_ydata().tolist() == pytest.approx(losses, nan_ok=True)
+    page = page_module.page(of(records), "run")
     (line,) = re.findall(r'<path class="l s0 d0" d="([^"]*)"/><circle', page)
     assert line.count("M") == 2
     assert "not a number: loss of the batch in 1 record<" in page
+
+
+def test_an_axis_without_a_number_has_no_ticks():
+    records = [{"step": i, "loss": math.nan} for i in range(3)]
+    (axes,) = plot(records).axes
+    assert axes.get_yticks().tolist() == []
+    page = checked(page_module.page(of(records), "run"))
+    assert 'text-anchor="end">' in page  # the name of the other axis
+    assert 'class="grid"' not in page
+    assert "not a number: loss of the batch in 3 records" in page
 
 
 def test_short_failures_of_a_condition_stay_to_be_seen():
@@ -590,6 +615,16 @@ def test_the_page_does_not_take_the_place_of_the_history(tmp_path):
     with pytest.raises(ValueError, match="is the history itself"):
         write_html(path, path)
     assert path.read_bytes() == before
+
+
+def test_a_page_whose_folder_is_missing_says_what_to_do(tmp_path):
+    file = tmp_path / "nodir" / "x.html"
+    with pytest.raises(FileNotFoundError) as caught:
+        write_html([record(1)], file)
+    assert caught.value.filename == str(file)
+    assert f"make the folder {file.parent} first" in str(caught.value)
+    with pytest.raises(IsADirectoryError, match=r"give a file, such as report\.html in it"):
+        write_html([record(1)], tmp_path)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])

@@ -101,8 +101,22 @@ def test_what_is_no_run_is_one_line(tmp_path, capsys):
 def test_a_run_that_has_not_begun(content, tmp_path, capsys):
     (tmp_path / "history.jsonl").write_bytes(content)
     assert main(["report", str(tmp_path), "--html", str(tmp_path / "page.html")]) == 0
-    assert capsys.readouterr().out.startswith("No records yet.\n")
+    out = capsys.readouterr().out
+    assert out.startswith("No records yet.\n")
+    assert "No record holds a number yet. An optimizer records by" in out
     assert "Nothing to draw" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_a_history_without_numbers_says_how_to_record_some(tmp_path, capsys):
+    path = write(tmp_path / "history.jsonl", [])
+    with path.open("ab") as file:
+        file.write(b'{"note": "a"}\n')
+    assert main(["report", str(path)]) == 0
+    assert "history.record(step=..., loss=...)" in capsys.readouterr().out.replace("\n", " ")
+    with path.open("ab") as file:
+        file.write(b'{"step": 1, "loss": 1}\n')
+    assert main(["report", str(path)]) == 0
+    assert "history.record" not in capsys.readouterr().out
 
 
 def test_a_history_that_cannot_be_read_is_one_line(tmp_path, capsys, monkeypatch):

@@ -11,7 +11,7 @@ from pathlib import Path
 from conjopt.report.digest import Digest, run_file
 from conjopt.report.html import page, run_name, write
 from conjopt.report.lines import Lines, one_in
-from conjopt.report.words import counted, headline, sentences
+from conjopt.report.words import HINT, counted, headline, sentences
 
 __all__ = ["ReportError", "run"]
 
@@ -62,6 +62,8 @@ def run(source: Path, *, html: Path | None = None, follow: bool = False) -> int:
         _read(lines, found, growing=follow)
         _write(found, path, html)
         _say(*sentences(found))
+        if not any(run.series for run in found.runs):
+            _say(HINT)
         if html is not None:
             _say(f"The page is {html}.", width=None)
         if follow:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import operator
@@ -339,10 +340,11 @@ def _columns(records: list[Record]) -> dict[str, Sequence[Value]]:
 
 def _numbers(column: Sequence[Value]) -> Numbers:
     """As floats; NaN for what is none."""
-    try:
-        return np.array(column, dtype=float)
-    except (TypeError, ValueError, OverflowError):
-        return np.array([_number(value) for value in column], dtype=float)
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        numbers = np.array(column, dtype=float)
+        if numbers.ndim == 1:  # lists in a file that was changed make it more
+            return numbers
+    return np.array([_number(value) for value in column], dtype=float)
 
 
 def _number(value: object) -> float:

@@ -121,6 +121,25 @@ class Series:
         """
         return self._bad_x.get(kind, np.empty(0))
 
+    def gaps(self, x: Numbers) -> NDArray[np.intp]:
+        """Where a line through some places has a gap, as no finite number is between.
+
+        Args:
+            x: (p,) places, a part of `x`.
+
+        Returns:
+            the index of the place after each gap.
+
+        Example:
+            >>> series = Series()
+            >>> series.add(np.arange(4.0), np.array([1.0, 2.0, np.nan, 4.0]))
+            >>> series.gaps(series.x)
+            array([2])
+        """
+        holes = np.sort(np.concatenate([np.empty(0), *self._bad_x.values()]))
+        between = np.searchsorted(holes, x[1:]) > np.searchsorted(holes, x[:-1])
+        return np.flatnonzero(between) + 1
+
 
 def thinned(index: Numbers, y: Numbers, points: int) -> NDArray[np.intp]:
     """Which of many numbers to keep: of each stretch the least, the greatest and the last.

@@ -8,10 +8,14 @@ from conjopt.report.digest import Digest, Run
 from conjopt.report.panels import label
 from conjopt.report.series import Series
 
-__all__ = ["counted", "headline", "sentences"]
+__all__ = ["HINT", "counted", "headline", "sentences"]
 
 RUNS = 24  # that get a line of their own
 LOSSES = ("loss", "train_loss", "excess_loss", "test_loss")
+HINT = (
+    "No record holds a number yet. An optimizer records by ConjSGD(..., history=...), and any loop "
+    "by history.record(step=..., loss=...)."
+)
 BAD = {"nan": "NaN", "inf": "infinite", "-inf": "minus infinite"}
 
 
