@@ -189,6 +189,21 @@ def test_records_without_steps_are_drawn_where_they_are():
     assert found.runs[0].series["loss"].x.tolist() == [5, 5, 5]
 
 
+@pytest.mark.parametrize("block", [1, 2, 1000])
+def test_epochs_stand_for_steps_where_there_are_none(block):
+    records = [{"epoch": epoch, "loss": 1.0} for epoch in (0.5, 10, 20)] + [{"loss": 3.0}]
+    found = Digest()
+    for start in range(0, len(records), block):
+        found.add(records[start : start + block])
+    (run,) = found.runs
+    assert (run.x, run.series["loss"].x.tolist()) == ("epoch", [0.5, 10, 20, 20])
+    assert sentences(found)[:2] == ["4 records, epochs 0.5 to 20.", "Loss 3 at epoch 20."]
+    found.add(records[1:3])
+    assert [run.series["loss"].x.tolist() for run in found.runs] == [[0.5, 10, 20, 20], [10, 20]]
+    found = of([{"step": 100, "epoch": 1, "loss": 1.0}, {"epoch": 2, "loss": 2.0}])
+    assert (found.runs[0].x, found.runs[0].series["loss"].x.tolist()) == ("step", [100, 100])
+
+
 @pytest.mark.parametrize("block", [1, 1000])
 def test_limits_and_conditions_are_counted_exactly(block):
     states = ["unknown", "holds", "fails", "holds", "fails", "fails"]
@@ -572,6 +587,34 @@ def test_runs_of_one_history_share_charts_and_a_legend():
     legend = re.search(r'<ul class="legend">(.*?)</ul>', page, flags=re.S)[1]
     assert re.findall(r"</svg>([^<]*)", legend) == ["mlp", "cnn"]
     assert page.count("<tr>") == 7
+
+
+@pytest.mark.parametrize("block", [1, 1000])
+def test_a_run_that_goes_on_from_a_checkpoint_keeps_the_marks_of_its_limits(block):
+    limits = ["edge", "trust region", "trust region", "edge", "Polyak cap"]
+    records = [
+        record(step, limited_by=by, step_size=0.1 * step)
+        for step, by in zip((1, 2, 3, 2, 3), limits)
+    ]
+    found = Digest()
+    for start in range(0, len(records), block):
+        found.add(records[start : start + block])
+    assert [run.name for run in found.runs] == ["part 1", "part 2"]
+    assert found.runs[1].limits == {"edge": 1, "trust region": 0, "Polyak cap": 1}
+    assert found.runs[1].series["step_size"].code.tolist() == [0, 2]
+    assert sentences(found)[0] == "5 records of one run in 2 parts, as its steps go back."
+    (step,) = [panel for panel in panels(found) if panel.name == "step"]
+    assert "Marks show which limit set the step" in step.text
+    page = checked(page_module.page(found, "run"))
+    legend = page.split('id="step"')[1].split("</section>")[0].split('<ul class="legend">')[1]
+    names = re.findall(r"</svg>([^<]*)</li>", legend)
+    assert names == [
+        "edge", "Polyak cap", "set by edge", "set by trust region", "set by Polyak cap"
+    ]  # fmt: skip
+    axes = {axes.get_title(loc="left"): axes for axes in plot(records).axes}["step size"]
+    assert [n for n in axes.get_legend_handles_labels()[1] if n.startswith("set")] == [
+        "set by edge", "set by trust region", "set by Polyak cap"
+    ]  # fmt: skip
 
 
 def test_a_floor_of_zero_is_told_and_not_drawn():

@@ -138,6 +138,9 @@ def _lines(axis: Axes, chart: Chart) -> None:
             mine = np.flatnonzero(code == limit)
             mine = mine[:: max(1, math.ceil(mine.size / MARKS))]
             if mine.size:
+                told = f"set by {_text(by)}"
+                shown = "_nolegend_" if told in seen else told
+                seen.add(told)
                 colour, marker = COLOURS[limit % len(COLOURS)], MARKERS[limit % len(MARKERS)]
                 axis.plot(
                     x[mine],
@@ -146,7 +149,7 @@ def _lines(axis: Axes, chart: Chart) -> None:
                     marker=marker,
                     markersize=4,
                     color=colour,
-                    label=_text(f"set by {by}"),
+                    label=shown,
                 )
     _bad(axis, chart.lines)
     if not any(line.series.y.size for line in chart.lines):

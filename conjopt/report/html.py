@@ -246,12 +246,13 @@ def _legend(one: Chart) -> str:
                 if not line.limits:
                     named.setdefault(line.style, (line.group or line.name, line))
             items = [f"{sample(line)}{clean(text)}" for text, line in named.values()]
-        for line in one.lines:
-            items += [
-                '<svg class="key" viewBox="0 0 34 12" aria-hidden="true">'
-                f"{mark(code)}</svg>set by {clean(name)}"
-                for code, name in enumerate(line.limits)
-            ]
+        # Parts of one run share the codes, of which the last part has all.
+        limits = dict(pair for line in one.lines for pair in enumerate(line.limits))
+        items += [
+            '<svg class="key" viewBox="0 0 34 12" aria-hidden="true">'
+            f"{mark(code)}</svg>set by {clean(name)}"
+            for code, name in limits.items()
+        ]
     if not items:
         return ""
     return '<ul class="legend">' + "".join(f"<li>{item}</li>" for item in items) + "</ul>"
@@ -297,7 +298,8 @@ def _table(runs: list[Run]) -> str:
     return (
         '<section class="last" aria-labelledby="last-h"><h2 id="last-h">The last values</h2>'
         '<div class="table" tabindex="0" role="region" aria-labelledby="last-h"><table>'
-        f'<tr><th scope="col">run</th><th scope="col">records</th><th scope="col">last step</th>'
+        f'<tr><th scope="col">run</th><th scope="col">records</th>'
+        f'<th scope="col">last {runs[0].x}</th>'
         f"{head}</tr>{rows}</table></div></section>"
     )
 

@@ -46,10 +46,12 @@ def sentences(found: Digest, *, each: bool = True) -> list[str]:
     count = counted(found.records, "record")
     if len(runs) == 1:
         (run,) = runs
-        where = f"{run.x}s {run.first:,.0f} to {run.last:,.0f}"
+        where = f"{run.x}s {_place(run.first)} to {_place(run.last)}"
         named = f" of {run.name}" if run.name else ""
         return [f"{count}{named}, {where}.", *_of_run(run), *_of_file(found)]
     told = [f"{count} of {len(runs)} runs."]
+    if found.of_one_run:
+        told = [f"{count} of one run in {len(runs)} parts, as its steps go back."]
     if each:
         told += [f"{run.name or 'unnamed'}: {headline(run)}." for run in runs[:RUNS]]
     if each and len(runs) > RUNS:
@@ -114,7 +116,8 @@ def _of_run(run: Run) -> list[str]:
         is_ = "was" if run.skipped_since else "is"
         told.append(f"The step size {is_} {_told(run.series[key])}{set_by}.")
         if total := sum(run.limits.values()):
-            ordered = sorted(run.limits.items(), key=lambda pair: -pair[1])
+            limits = [pair for pair in run.limits.items() if pair[1]]
+            ordered = sorted(limits, key=lambda pair: -pair[1])
             shares = ", ".join(f"{name} {100 * n / total:.0f} %" for name, n in ordered)
             told[-1] += f" Over the records: {shares}."
     return told + _troubles(run)
@@ -155,10 +158,10 @@ def _troubles(run: Run) -> list[str]:
     told = []
     unknown = [label(k) for k, c in run.conditions.items() if c.state == "unknown"]
     failing = [(label(k), c) for k, c in run.conditions.items() if c.state == "fails"]
-    told += [f"{name} fails since {run.x} {c.since:,.0f}." for name, c in failing]
+    told += [f"{name} fails since {run.x} {_place(c.since)}." for name, c in failing]
     told += [
         f"{label(k)} failed in {counted(c.failed, 'record')}, and {c.state} since {run.x} "
-        f"{c.since:,.0f}."
+        f"{_place(c.since)}."
         for k, c in run.conditions.items()
         if c.failed and c.state == "holds"
     ]
@@ -167,7 +170,7 @@ def _troubles(run: Run) -> list[str]:
         told.append(f"No condition of Thm 3.1 fails now{which}.")
     told += [
         f"{label(key).capitalize()} was {BAD[kind]} in {counted(count, 'record')}, "
-        f"first at {run.x} {series.bad_places(kind)[0]:,.0f}."
+        f"first at {run.x} {_place(float(series.bad_places(kind)[0]))}."
         for key, series in run.series.items()
         for kind, count in series.bad.items()
         # An infinite limit or noise scale is an answer: nothing limits, or no signal was seen.
