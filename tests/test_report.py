@@ -417,8 +417,9 @@ def test_steps_that_were_skipped_since_the_last_one_that_was_taken(block):
     assert "4 steps were skipped: something was not finite." in sentences(found)
 
 
-def test_a_floor_of_zero_is_not_told_of():
-    assert sentences(of([record(2, data_floor=0.0)]))[1] == "Loss 0.5 at step 2."
+def test_a_floor_that_says_nothing_is_not_told_of():
+    for floor in (0.0, math.nan, 10**400):
+        assert sentences(of([record(2, data_floor=floor)]))[1] == "Loss 0.5 at step 2."
 
 
 def test_a_condition_that_holds_again_has_failed():

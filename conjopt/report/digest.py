@@ -90,7 +90,7 @@ class Run:
     @property
     def skipped_since(self) -> int:
         """Steps that were skipped since the last record of one that was taken."""
-        return self.skipped - (0 if self.taken is None else self.taken[1])
+        return max(self.skipped - (0 if self.taken is None else self.taken[1]), 0)
 
     def value(self, *names: str) -> Any:
         """The last value of the first of these names that has one; else None.

@@ -137,8 +137,9 @@ def _of_loss(run: Run, key: str) -> str:
             f"{name} is {_told(series)} {at}. The last finite one was {series.y[-1]:.4g} at "
             f"{run.x} {place}."
         )
-    above, floor = "", run.value("data_floor")
-    if key == "loss" and isinstance(floor, int | float) and floor:
+    above, of_floor = "", run.series.get("data_floor")
+    floor = of_floor.last[1] if of_floor is not None and of_floor.last is not None else 0.0
+    if key == "loss" and floor and math.isfinite(floor):
         above = f", {value - floor:.4g} above the data floor"
     return f"{name} {_told(series)} {at}{above}."
 
