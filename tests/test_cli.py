@@ -245,6 +245,8 @@ def test_the_demo_leaves_records_a_summary_and_a_picture(tmp_path, capsys, tiny)
     assert all(sentence in found for sentence in summary["findings"])
     assert len(summary["findings"]) == 4
     assert max(map(len, printed.out.splitlines()[1:-2])) <= 84
+    last = printed.out.splitlines()[-1]
+    assert last == f"The records are in {out}. Open {out / 'report.html'} in a browser."
     assert not printed.err  # no bar where there is no terminal
 
 
@@ -383,6 +385,8 @@ def test_a_full_disk_ends_it_with_what_was_recorded(full_at, tmp_path, capsys, m
     why = f"Cannot write to {tmp_path}: No space left on device"
     assert f"{why}; {runs} of 6 runs were finished." in printed.out
     assert "ConjSGD" in printed.out.split("epochs to")[1]
+    page = tmp_path / "report.html"
+    assert (f"Open {page} in a browser." in printed.out) == page.exists()
     assert len(History.read(tmp_path / "metrics.jsonl")) == (6 if runs == 1 else 24)
     assert not [path for path in tmp_path.iterdir() if path.name not in FILES]
     if full_at == "record":

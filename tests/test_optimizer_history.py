@@ -10,13 +10,28 @@ import warnings
 
 import pytest
 import torch
-from loop import RULES, any_rule, backward, equal, make, network, parameters, same, train
+from loop import (
+    RULES,
+    any_rule,
+    backward,
+    criterion_of,
+    data,
+    equal,
+    make,
+    network,
+    parameters,
+    same,
+    train,
+)
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from conjopt import ConjSGD
 from conjopt.bounds import ConvergenceLedger
 from conjopt.report import History
+from conjopt.report.digest import digest
+from conjopt.report.html import page
+from conjopt.report.words import headline, sentences
 
 OPTIONS = {"warmup": 2, "measure_every": 5}
 
@@ -138,6 +153,60 @@ def test_steps_that_are_given_up_are_recorded_and_then_thinned():
     assert [(r["step"], r["skipped_steps"]) for r in history.records] == [
         (1, 0), (1, 1), (1, 2), (1, 5), (1, 10)
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("cause", ["loss", "gradient"])
+@pytest.mark.parametrize("device_like", [False, True])
+def test_a_step_that_is_given_up_is_recorded_with_its_loss_and_no_limit(
+    cause, device_like, monkeypatch
+):
+    if device_like:  # where the device decides, and step() goes on
+        monkeypatch.setattr(ConjSGD, "_given_up", lambda self, finite: False)
+        monkeypatch.setattr(ConjSGD, "_gate", lambda self, finite: finite)
+    history = History()
+    model = network()
+    optimizer = make(model, history=history, **OPTIONS)
+    train(model, optimizer, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        if cause == "loss":
+            x, y = data(8)
+            optimizer.zero_grad()
+            criterion_of(optimizer)(model(x * math.nan), y).backward()
+            loss = math.nan
+        else:
+            loss = backward(model, optimizer, 1)
+            next(model.parameters()).grad.fill_(torch.nan)
+        optimizer.step()
+    taken, skipped = history.records
+    assert taken["limited_by"] is not None
+    assert skipped == {
+        "step": 1, "limited_by": None, "skipped_steps": 1, "lr": 1, "data_floor": 0,
+        "loss": pytest.approx(loss, rel=1e-6, nan_ok=True),
+    }  # fmt: skip
+    assert digest(history).runs[0].limits == {taken["limited_by"]: 1}
+
+
+def test_a_run_whose_loss_is_no_number_is_not_reported_as_healthy():
+    history = History()
+    model = network()
+    optimizer = make(model, history=history, warmup=5, measure_every=5)
+    x, y = data(8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        for step in range(30):
+            optimizer.zero_grad()
+            criterion_of(optimizer)(model(x * (math.nan if step >= 10 else 1)), y).backward()
+            optimizer.step()
+    found = digest(history)
+    told = sentences(found)
+    last = f"{history.records[6 - 1]['loss']:.4g}"
+    assert told[1] == f"Loss is NaN at step 10. The last finite one was {last} at step 10."
+    assert told[2] == "20 steps were skipped, all since step 10: something was not finite."
+    assert told[3].startswith("The step size was ")
+    said = headline(found.runs[0], before=15)
+    assert said == (f"20 steps skipped (5 new), loss NaN, last finite {last} at step 10, step 10")
+    assert "not a number: loss of the batch in 8 records" in page(found, "run")
 
 
 class Full:

@@ -24,7 +24,7 @@ from conjopt.report.digest import Digest, digest, run_file
 from conjopt.report.lines import HEADER
 from conjopt.report.panels import panels
 from conjopt.report.series import Series
-from conjopt.report.words import sentences
+from conjopt.report.words import headline, sentences
 
 NASTY = "<script>alert('ü & \"x\"')</script>"
 
@@ -132,6 +132,18 @@ def test_numbers_that_no_float_can_hold_and_values_of_other_kinds():
     assert run.name == "[1]"
 
 
+@pytest.mark.parametrize("block", [1, 1000])
+@pytest.mark.parametrize("step", [[1], {"a": 1}, [], "one"])
+def test_a_step_that_is_no_number_is_as_none(step, block):
+    records = [{"step": 3, "loss": 1.0}, {"step": step, "loss": 2.0}, {"step": step, "loss": 4.0}]
+    found = Digest()
+    for start in range(0, len(records), block):
+        found.add(records[start : start + block])
+    (run,) = found.runs
+    assert run.series["loss"].x.tolist() == [3, 3, 3]
+    assert of(records[1:]).runs[0].x == "record"
+
+
 @pytest.mark.parametrize("block", [1, 3, 1000])
 def test_runs_are_told_apart_by_their_labels_and_by_steps_that_go_back(block):
     records = [
@@ -175,6 +187,21 @@ def test_records_without_steps_are_drawn_where_they_are():
     assert found.runs[0].x == "record"
     found = of([{"step": 5, "loss": 1.0}, {"loss": 2.0}, {"step": math.nan, "loss": 3.0}])
     assert found.runs[0].series["loss"].x.tolist() == [5, 5, 5]
+
+
+@pytest.mark.parametrize("block", [1, 2, 1000])
+def test_epochs_stand_for_steps_where_there_are_none(block):
+    records = [{"epoch": epoch, "loss": 1.0} for epoch in (0.5, 10, 20)] + [{"loss": 3.0}]
+    found = Digest()
+    for start in range(0, len(records), block):
+        found.add(records[start : start + block])
+    (run,) = found.runs
+    assert (run.x, run.series["loss"].x.tolist()) == ("epoch", [0.5, 10, 20, 20])
+    assert sentences(found)[:2] == ["4 records, epochs 0.5 to 20.", "Loss 3 at epoch 20."]
+    found.add(records[1:3])
+    assert [run.series["loss"].x.tolist() for run in found.runs] == [[0.5, 10, 20, 20], [10, 20]]
+    found = of([{"step": 100, "epoch": 1, "loss": 1.0}, {"epoch": 2, "loss": 2.0}])
+    assert (found.runs[0].x, found.runs[0].series["loss"].x.tolist()) == ("step", [100, 100])
 
 
 @pytest.mark.parametrize("block", [1, 1000])
@@ -351,12 +378,48 @@ def test_the_sentences_of_a_run():
     assert sentences(of(records)) == [
         "6 records, steps 1 to 5.",
         "Loss 0.2 at step 5, -0.05 above the data floor.",
+        "2 steps were skipped: something was not finite.",
         "The step size is 0.1, set by trust region. "
         "Over the records: edge 60 %, trust region 40 %.",
-        "2 steps were skipped: something was not finite.",
         "C1 fails since step 4.",
         "Loss of the batch was NaN in 1 record, first at step 4.",
     ]
+
+
+def test_a_loss_is_told_at_the_step_that_it_is_of():
+    found = of([{"step": 1, "loss": 0.5}, {"step": 1000, "test_accuracy": 0.9}])
+    assert sentences(found)[1] == "Loss 0.5 at step 1."
+    found = of([{"step": 1, "loss": math.nan}, {"step": 2, "loss": math.inf}])
+    assert sentences(found)[1] == "Loss is infinite at step 2, and was never finite."
+    assert headline(found.runs[0]) == "loss infinite, step 2"
+
+
+@pytest.mark.parametrize("block", [1, 2, 1000])
+def test_steps_that_were_skipped_since_the_last_one_that_was_taken(block):
+    skip = {"step": 4, "limited_by": None}
+    records = [
+        record(3, skipped_steps=1),
+        record(4, skipped_steps=1),
+        {"step": 4, "test_loss": 2.0},
+        skip | {"skipped_steps": 2, "loss": math.nan},
+        skip | {"skipped_steps": 4, "loss": math.nan},
+    ]
+    found = Digest()
+    for start in range(0, len(records), block):
+        found.add(records[start : start + block])
+    (run,) = found.runs
+    assert (run.skipped, run.skipped_since, run.taken) == (4, 3, (4, 1))
+    assert run.limits == {"edge": 2}
+    told = sentences(found)
+    assert "4 steps were skipped, 3 of them since step 4: something was not finite." in told
+    found.add([record(5, skipped_steps=4)])
+    assert run.skipped_since == 0
+    assert "4 steps were skipped: something was not finite." in sentences(found)
+
+
+def test_a_floor_that_says_nothing_is_not_told_of():
+    for floor in (0.0, math.nan, 10**400):
+        assert sentences(of([record(2, data_floor=floor)]))[1] == "Loss 0.5 at step 2."
 
 
 def test_a_condition_that_holds_again_has_failed():
@@ -527,6 +590,34 @@ def test_runs_of_one_history_share_charts_and_a_legend():
     assert page.count("<tr>") == 7
 
 
+@pytest.mark.parametrize("block", [1, 1000])
+def test_a_run_that_goes_on_from_a_checkpoint_keeps_the_marks_of_its_limits(block):
+    limits = ["edge", "trust region", "trust region", "edge", "Polyak cap"]
+    records = [
+        record(step, limited_by=by, step_size=0.1 * step)
+        for step, by in zip((1, 2, 3, 2, 3), limits)
+    ]
+    found = Digest()
+    for start in range(0, len(records), block):
+        found.add(records[start : start + block])
+    assert [run.name for run in found.runs] == ["part 1", "part 2"]
+    assert found.runs[1].limits == {"edge": 1, "trust region": 0, "Polyak cap": 1}
+    assert found.runs[1].series["step_size"].code.tolist() == [0, 2]
+    assert sentences(found)[0] == "5 records of one run in 2 parts, as its steps go back."
+    (step,) = [panel for panel in panels(found) if panel.name == "step"]
+    assert "Marks show which limit set the step" in step.text
+    page = checked(page_module.page(found, "run"))
+    legend = page.split('id="step"')[1].split("</section>")[0].split('<ul class="legend">')[1]
+    names = re.findall(r"</svg>([^<]*)</li>", legend)
+    assert names == [
+        "edge", "Polyak cap", "set by edge", "set by trust region", "set by Polyak cap"
+    ]  # fmt: skip
+    axes = {axes.get_title(loc="left"): axes for axes in plot(records).axes}["step size"]
+    assert [n for n in axes.get_legend_handles_labels()[1] if n.startswith("set")] == [
+        "set by edge", "set by trust region", "set by Polyak cap"
+    ]  # fmt: skip
+
+
 def test_a_floor_of_zero_is_told_and_not_drawn():
     page = page_module.page(of([record(i, data_floor=0.0) for i in range(1, 5)]), "run")
     assert "data floor is 0 throughout: below a logarithmic axis" in page
@@ -534,10 +625,23 @@ def test_a_floor_of_zero_is_told_and_not_drawn():
 
 def test_a_line_does_not_run_on_over_what_is_no_number():
     losses = [1.0, 2.0, math.nan, 3.0, 4.0]
-    page = page_module.page(of([{"step": i, "loss": v} for i, v in enumerate(losses)]), "run")
+    records = [{"step": i, "loss": v} for i, v in enumerate(losses)]
+    (axes,) = plot(records).axes
+    assert axes.lines[0].get_ydata().tolist() == pytest.approx(losses, nan_ok=True)
+    page = page_module.page(of(records), "run")
     (line,) = re.findall(r'<path class="l s0 d0" d="([^"]*)"/><circle', page)
     assert line.count("M") == 2
     assert "not a number: loss of the batch in 1 record<" in page
+
+
+def test_an_axis_without_a_number_has_no_ticks():
+    records = [{"step": i, "loss": math.nan} for i in range(3)]
+    (axes,) = plot(records).axes
+    assert axes.get_yticks().tolist() == []
+    page = checked(page_module.page(of(records), "run"))
+    assert 'text-anchor="end">' in page  # the name of the other axis
+    assert 'class="grid"' not in page
+    assert "not a number: loss of the batch in 3 records" in page
 
 
 def test_short_failures_of_a_condition_stay_to_be_seen():
@@ -555,6 +659,16 @@ def test_the_page_does_not_take_the_place_of_the_history(tmp_path):
     with pytest.raises(ValueError, match="is the history itself"):
         write_html(path, path)
     assert path.read_bytes() == before
+
+
+def test_a_page_whose_folder_is_missing_says_what_to_do(tmp_path):
+    file = tmp_path / "nodir" / "x.html"
+    with pytest.raises(FileNotFoundError) as caught:
+        write_html([record(1)], file)
+    assert caught.value.filename == str(file)
+    assert f"make the folder {file.parent} first" in str(caught.value)
+    with pytest.raises(IsADirectoryError, match=r"give a file, such as report\.html in it"):
+        write_html([record(1)], tmp_path)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])

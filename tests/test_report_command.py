@@ -101,8 +101,22 @@ def test_what_is_no_run_is_one_line(tmp_path, capsys):
 def test_a_run_that_has_not_begun(content, tmp_path, capsys):
     (tmp_path / "history.jsonl").write_bytes(content)
     assert main(["report", str(tmp_path), "--html", str(tmp_path / "page.html")]) == 0
-    assert capsys.readouterr().out.startswith("No records yet.\n")
+    out = capsys.readouterr().out
+    assert out.startswith("No records yet.\n")
+    assert "No record holds a number yet. An optimizer records by" in out
     assert "Nothing to draw" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_a_history_without_numbers_says_how_to_record_some(tmp_path, capsys):
+    path = write(tmp_path / "history.jsonl", [])
+    with path.open("ab") as file:
+        file.write(b'{"note": "a"}\n')
+    assert main(["report", str(path)]) == 0
+    assert "history.record(step=..., loss=...)" in capsys.readouterr().out.replace("\n", " ")
+    with path.open("ab") as file:
+        file.write(b'{"step": 1, "loss": 1}\n')
+    assert main(["report", str(path)]) == 0
+    assert "history.record" not in capsys.readouterr().out
 
 
 def test_a_history_that_cannot_be_read_is_one_line(tmp_path, capsys, monkeypatch):
@@ -217,6 +231,27 @@ def test_a_run_is_followed_until_it_is_interrupted(follow, tmp_path):
     assert "4 records, steps 1 to 4" in pages[3]
     assert "middle of a line" not in pages[1]  # a line that is being written is no crash
     assert {p.name for p in tmp_path.iterdir()} == {"history.jsonl", "page.html"}
+
+
+def test_following_tells_of_steps_that_are_skipped(follow, tmp_path):
+    path = tmp_path / "history.jsonl"
+    write(path, [1], limited_by="edge", skipped_steps=0)
+
+    def skip(count):
+        def act():
+            with path.open("ab") as file:
+                file.write(
+                    b'{"step": 1, "limited_by": null, "skipped_steps": %d, "loss": "nan"}\n' % count
+                )
+
+        return act
+
+    _, told = follow(path, skip(10), skip(25))
+    ill = "loss NaN, last finite 1 at step 1, step 1; 1 new record"
+    assert told[1:] == [
+        [f"10 steps skipped (10 new), {ill}"],
+        [f"25 steps skipped (15 new), {ill}"],
+    ]
 
 
 def test_a_file_that_is_cut_or_replaced_is_read_anew(follow, tmp_path):

@@ -19,7 +19,7 @@ import torch
 
 import conjopt
 from conjopt.demo.data import MODELS, load_split
-from conjopt.demo.output import DemoError, Output
+from conjopt.demo.output import PAGE, DemoError, Output
 from conjopt.demo.summary import TARGETS, RunSummary, sentences, summarise, table
 from conjopt.demo.training import BATCH_SIZE, OPTIMIZERS, Record, steps_per_epoch, train
 
@@ -128,7 +128,9 @@ def run(
     if stop:
         _say("", f"{stop.why}; {len(progress.finished)} of {planned} runs were finished.")
     if out:
-        _say("", f"The records are in {out}.")
+        page = out / PAGE
+        shown = f" Open {page} in a browser." if page.is_file() else ""
+        _say("", f"The records are in {out}.{shown}")
     return stop.status if stop else 0
 
 

@@ -295,6 +295,7 @@ class ConjSGD(Saved):
         blocks.scale(None if joined is None else joined.weight / unscaled_by(), self._foreach)
         finite = torch.isfinite(seen)
         if self._given_up(finite):
+            self._record_skip(batch, joined)
             return result
         start = self._recording.begin(observed, self._watch.ranks) if recorded else None
         gate = self._gate(finite)
@@ -310,6 +311,7 @@ class ConjSGD(Saved):
             u, pending = found.directions, found.pending
             finite = finite & found.finite
             if self._given_up(finite):
+                self._record_skip(batch, joined)
                 return result
             gate = self._gate(finite)
 
@@ -349,7 +351,10 @@ class ConjSGD(Saved):
         self._watch.armed = self._needs_watch()
         if due:
             lr = float(self.param_groups[0]["lr"])
-            self._journal.write(self.status(), lr, batch, joined, self._floor, statistics)
+            taken = gate is None or bool(gate)
+            self._journal.write(
+                self.status(), lr, batch, joined, self._floor, statistics, taken=taken
+            )
         self._memory.say_once()
         return result
 
@@ -630,10 +635,13 @@ class ConjSGD(Saved):
             return False
         self._statistics.skipped = self._statistics.skipped + 1
         self._watch.release()
-        if self._journal.history is not None:
-            self._journal.gave_up(self.status())
         self._say_what_happened()
         return True
+
+    def _record_skip(self, batch: Batch | None, joined: Joined | None) -> None:
+        if self._journal.history is not None:
+            lr = float(self.param_groups[0]["lr"])
+            self._journal.gave_up(self.status(), lr, batch, joined, self._floor, self._statistics)
 
     def _gate(self, finite: Tensor) -> Gate:
         """What makes the step conditional on a device; a CPU has been asked already."""

@@ -70,8 +70,10 @@ class Journal:
         joined: Joined | None,
         floor: DataFloor,
         statistics: Statistics,
+        *,
+        taken: bool = True,
     ) -> None:
-        """Record a step that was taken.
+        """Record a step.
 
         Args:
             status: after it.
@@ -80,8 +82,10 @@ class Journal:
             joined: the batches of all ranks.
             floor: of the loss.
             statistics: say whether the floor was given up.
+            taken: whether it was; of one that was given up only the loss and the counts are
+                recorded, as the rest of the status is of a step before.
         """
-        values = of_status(status) | {"lr": lr}
+        values = (of_status(status) if taken else of_skipped(status)) | {"lr": lr}
         if batch is not None and joined is not None:
             kappas = [o.kappa for o in batch.observations]
             kappa = sum_of(kappas)
@@ -93,14 +97,27 @@ class Journal:
             values |= {"loss": loss, "data_floor": lowest}
         self._record(values)
 
-    def gave_up(self, status: Status) -> None:
+    def gave_up(
+        self,
+        status: Status,
+        lr: float,
+        batch: Batch | None,
+        joined: Joined | None,
+        floor: DataFloor,
+        statistics: Statistics,
+    ) -> None:
         """Record a step that was given up, each of the first and then one of so many.
 
         Args:
             status: after it.
+            lr: of the first group.
+            batch: that was observed, if it was.
+            joined: the batches of all ranks.
+            floor: of the loss.
+            statistics: say whether the floor was given up.
         """
         if self.due(status.skipped_steps - 1):
-            self._record(of_status(status))
+            self.write(status, lr, batch, joined, floor, statistics, taken=False)
 
     def _record(self, values: dict[str, Any]) -> None:
         assert self.history is not None
@@ -164,6 +181,24 @@ def of_status(status: Status) -> dict[str, Any]:
         **{f"limits/{name}": value for name, value in status.limits.items()},
         **{f"conditions/{condition.name}": condition.state for condition in status.conditions},
     }
+
+
+def of_skipped(status: Status) -> dict[str, Any]:
+    """What of a status a history holds for a step that was given up.
+
+    Nothing limited such a step, so ``limited_by`` is None.
+
+    Args:
+        status: of an optimizer, after it.
+
+    Example:
+        >>> from torch import nn
+        >>> from conjopt import ConjSGD
+        >>> model = nn.Linear(2, 1)
+        >>> of_skipped(ConjSGD(model.parameters(), model=model, loss=nn.MSELoss()).status())
+        {'step': 0, 'limited_by': None, 'skipped_steps': 0}
+    """
+    return {"step": status.step, "limited_by": None, "skipped_steps": status.skipped_steps}
 
 
 def _writes(group: Any) -> bool:

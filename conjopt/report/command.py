@@ -11,7 +11,7 @@ from pathlib import Path
 from conjopt.report.digest import Digest, run_file
 from conjopt.report.html import page, run_name, write
 from conjopt.report.lines import Lines, one_in
-from conjopt.report.words import counted, headline, sentences
+from conjopt.report.words import HINT, counted, headline, sentences
 
 __all__ = ["ReportError", "run"]
 
@@ -62,6 +62,8 @@ def run(source: Path, *, html: Path | None = None, follow: bool = False) -> int:
         _read(lines, found, growing=follow)
         _write(found, path, html)
         _say(*sentences(found))
+        if not any(run.series for run in found.runs):
+            _say(HINT)
         if html is not None:
             _say(f"The page is {html}.", width=None)
         if follow:
@@ -77,7 +79,8 @@ def _follow(lines: Lines, found: Digest, html: Path | None) -> None:
     try:
         while True:
             time.sleep(POLL)
-            before = found.records
+            before, run_before = found.records, found.latest
+            skipped = run_before.skipped if run_before is not None else 0
             try:
                 anew = lines.replaced
                 if not anew:
@@ -87,12 +90,13 @@ def _follow(lines: Lines, found: Digest, html: Path | None) -> None:
             if anew:
                 _say("The file was cut or replaced; reading it anew.")
                 lines.close()
-                lines, found, before = _opened(path), Digest(), 0
+                lines, found, before, skipped = _opened(path), Digest(), 0, 0
                 _read(lines, found, growing=True)
             if found.records > before and found.latest is not None:
                 latest = found.latest
+                new = headline(latest, before=skipped if latest is run_before else 0)
                 named = f"{latest.name}: " if latest.name else ""
-                _say(f"{named}{headline(latest)}; {counted(found.records - before, 'new record')}")
+                _say(f"{named}{new}; {counted(found.records - before, 'new record')}")
                 _write(found, path, html)
     finally:
         lines.close()

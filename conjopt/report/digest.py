@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import operator
@@ -53,7 +54,7 @@ class Run:
     Attributes:
         name: its labels, or "" where there are none.
         style: its name without seed and number, for runs that are to look alike.
-        x: "step", or "record" where no steps were recorded.
+        x: "step", or "epoch" where no steps were recorded, or "record" where no epochs either.
         records: how many.
         first: the first step.
         last: the last one.
@@ -61,6 +62,8 @@ class Run:
         series: quantity to its numbers.
         limits: in the order of their codes, what set the step, to how often.
         conditions: C1 to C4.
+        taken: place of the last record of a step that an optimizer took, and how many were
+            skipped until then; None before any.
     """
 
     name: str
@@ -73,9 +76,21 @@ class Run:
     series: dict[str, Series] = dataclasses.field(default_factory=dict)
     limits: dict[str, int] = dataclasses.field(default_factory=dict)
     conditions: dict[str, Condition] = dataclasses.field(default_factory=dict)
+    taken: tuple[float, int] | None = None
     # The last step of records that an optimizer wrote (True) and of those that a loop wrote, which
     # may count from 0 where the other counts from 1.
     steps: dict[bool, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were skipped."""
+        value = self.value("skipped_steps")
+        return int(value) if isinstance(value, int | float) and 0 < value < MOST else 0
+
+    @property
+    def skipped_since(self) -> int:
+        """Steps that were skipped since the last record of one that was taken."""
+        return max(self.skipped - (0 if self.taken is None else self.taken[1]), 0)
 
     def value(self, *names: str) -> Any:
         """The last value of the first of these names that has one; else None.
@@ -123,6 +138,11 @@ class Digest:
         """All runs, a part of one where its steps went back among them."""
         return [run for parts in self._runs.values() for run in parts]
 
+    @property
+    def of_one_run(self) -> bool:
+        """Whether all runs are parts of one, whose steps went back."""
+        return len(self._runs) == 1
+
     def add(self, records: Sequence[Record]) -> None:
         """Take in records.
 
@@ -140,24 +160,23 @@ class Digest:
                 continue
             parts = self._runs.setdefault(labels, [_run(labels, 1)])
             of_run = list(group)
-            steps = _numbers([record.get("step") for record in of_run])
-            steps[np.abs(steps) > MOST] = np.nan
+            x, steps = _steps(of_run, parts[-1])
             own = np.zeros(len(of_run), dtype=bool)
             if "limited_by" in keys:
                 own = np.array(["limited_by" in record for record in of_run])
             start = 0
             for end in _breaks(steps, own, parts[-1].steps):
                 if len(parts) < PARTS and (end or parts[-1].records):
-                    self._add(parts[-1], of_run[start:end], steps[start:end], own[start:end])
-                    parts.append(_run(labels, len(parts) + 1))
+                    self._add(parts[-1], of_run[start:end], steps[start:end], own[start:end], x)
+                    parts.append(_part(labels, parts))
                     start = end
-            self._add(parts[-1], of_run[start:], steps[start:], own[start:])
+            self._add(parts[-1], of_run[start:], steps[start:], own[start:], x)
             self.latest = parts[-1]
 
-    def _add(self, run: Run, records: list[Record], steps: Numbers, own: Any) -> None:
+    def _add(self, run: Run, records: list[Record], steps: Numbers, own: Any, name: str) -> None:
         if not records:
             return
-        x = _places(steps, run)
+        x = _places(steps, run, name)
         for kind in (True, False):
             if (of_kind := x[own == kind]).size:
                 run.steps[kind] = float(of_kind[-1])
@@ -166,6 +185,8 @@ class Digest:
         run.last = float(x[-1])
         columns = _columns(records)
         code = self._limits(run, columns["limited_by"]) if "limited_by" in columns else None
+        if code is not None and "skipped_steps" in columns:
+            _see_taken(run, columns["limited_by"], columns["skipped_steps"], x)
         for key, column in columns.items():
             if key in run.latest or len(run.latest) < SERIES:
                 last = next((value for value in reversed(column) if value is not None), None)
@@ -312,6 +333,15 @@ def _run(labels: tuple[Any, ...], part: int) -> Run:
     return Run(", ".join([*words.values(), *again]), ", ".join(style or [*words.values(), *again]))
 
 
+def _part(labels: tuple[Any, ...], parts: list[Run]) -> Run:
+    """A run whose steps go back, with the codes of the limits that the part before has."""
+    part = _run(labels, len(parts) + 1)
+    part.limits = dict.fromkeys(parts[-1].limits, 0)
+    if not parts[0].name:
+        parts[0].name = parts[0].style = "part 1"
+    return part
+
+
 def _columns(records: list[Record]) -> dict[str, Sequence[Value]]:
     """Key to the values of all records; None where one lacks it."""
     keys = list(dict.fromkeys(map(tuple, records)))
@@ -323,10 +353,11 @@ def _columns(records: list[Record]) -> dict[str, Sequence[Value]]:
 
 def _numbers(column: Sequence[Value]) -> Numbers:
     """As floats; NaN for what is none."""
-    try:
-        return np.array(column, dtype=float)
-    except (TypeError, ValueError, OverflowError):
-        return np.array([_number(value) for value in column], dtype=float)
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        numbers = np.array(column, dtype=float)
+        if numbers.ndim == 1:  # lists in a file that was changed make it more
+            return numbers
+    return np.array([_number(value) for value in column], dtype=float)
 
 
 def _number(value: object) -> float:
@@ -336,14 +367,33 @@ def _number(value: object) -> float:
         return np.inf if isinstance(value, int) and value > 0 else -np.inf
 
 
-def _places(steps: Numbers, run: Run) -> Numbers:
+def _steps(records: list[Record], run: Run) -> tuple[str, Numbers]:
+    """Name and numbers of what records are placed by: steps, or epochs where there are none."""
+    for name in ("step", "epoch"):
+        steps = _numbers([record.get(name) for record in records])
+        steps[np.abs(steps) > MOST] = np.nan
+        if run.x == "step" or np.isfinite(steps).any():
+            return name, steps
+    return "step", steps  # of which none is a number
+
+
+def _see_taken(run: Run, limits: Sequence[Value], skipped: Sequence[Value], x: Numbers) -> None:
+    """Find the last step that was taken: of one that was skipped there is nothing that limits."""
+    for place in range(len(x) - 1, -1, -1):
+        count = skipped[place]
+        if isinstance(limits[place], str) and isinstance(count, int):
+            run.taken = float(x[place]), count
+            return
+
+
+def _places(steps: Numbers, run: Run, name: str) -> Numbers:
     """Where to draw records: at their steps, or where those before them are."""
     known = np.isfinite(steps)
     if known.any():
-        run.x = "step"
+        run.x = name
     if known.all():
         return steps
-    if run.x != "step":
+    if run.x == "record":
         return np.arange(run.records, run.records + len(steps), dtype=float)
     before = run.last if run.records else float(steps[known][0])
     latest = np.maximum.accumulate(np.where(known, np.arange(len(steps)), -1))

@@ -126,11 +126,21 @@ def _lines(axis: Axes, chart: Chart) -> None:
         if line.limits:
             style |= {"color": "0.35", "linewidth": 0.9}
         marker = "." if x.size == 1 else ""
-        axis.plot(x, y, label=told, marker=marker, **style)
+        gaps = line.series.gaps(x)  # matplotlib's lines end at a NaN
+        axis.plot(
+            np.insert(x, gaps, x[gaps]),
+            np.insert(y, gaps, np.nan),
+            label=told,
+            marker=marker,
+            **style,
+        )
         for limit, by in enumerate(line.limits):
             mine = np.flatnonzero(code == limit)
             mine = mine[:: max(1, math.ceil(mine.size / MARKS))]
             if mine.size:
+                told = f"set by {_text(by)}"
+                shown = "_nolegend_" if told in seen else told
+                seen.add(told)
                 colour, marker = COLOURS[limit % len(COLOURS)], MARKERS[limit % len(MARKERS)]
                 axis.plot(
                     x[mine],
@@ -139,9 +149,11 @@ def _lines(axis: Axes, chart: Chart) -> None:
                     marker=marker,
                     markersize=4,
                     color=colour,
-                    label=_text(f"set by {by}"),
+                    label=shown,
                 )
     _bad(axis, chart.lines)
+    if not any(line.series.y.size for line in chart.lines):
+        axis.set_yticks([])  # there is no number to read off
     axis.grid(which="major", color="0.9", linewidth=0.8)
     axis.set_axisbelow(True)
     if len(axis.get_legend_handles_labels()[1]) > 1:

@@ -14,7 +14,7 @@ from conjopt.report.digest import Digest, Run, digest, run_file
 from conjopt.report.history import History
 from conjopt.report.panels import Chart, Panel, label, panels
 from conjopt.report.svg import BAD, bad_mark, chart, clean, mark, number, sample
-from conjopt.report.words import LOSSES, counted, sentences
+from conjopt.report.words import HINT, LOSSES, counted, sentences
 
 __all__ = ["page", "write", "write_html"]
 
@@ -151,11 +151,7 @@ def page(found: Digest, title: str) -> str:
     shown = panels(found)
     parts = [_header(found, title)]
     if not shown:
-        parts.append(
-            "<section><h2>Nothing to draw</h2><p>No record holds a number yet. An optimizer "
-            "records by <code>ConjSGD(..., history=...)</code>, and any loop by "
-            "<code>history.record(step=..., loss=...)</code>.</p></section>"
-        )
+        parts.append(f"<section><h2>Nothing to draw</h2><p>{clean(HINT)}</p></section>")
     parts.append("<main>")
     parts += [_panel(panel) for panel in shown]
     parts += [_table(found.runs), "</main>"]
@@ -188,7 +184,8 @@ def write(text: str, path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+            why = f"{os.strerror(errno.EISDIR)}; give a file, such as report.html in it"
+            raise IsADirectoryError(errno.EISDIR, why, os.fspath(path))
         if not stat.S_ISREG(mode):
             path.write_bytes(content)  # a pipe or a device, which is not to be replaced
             return
@@ -196,10 +193,19 @@ def write(text: str, path: Path) -> None:
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError):  # the name of a temporary file would tell nobody anything
+            raise _unwritten(error, path) from error
         raise
+
+
+def _unwritten(error: OSError, path: Path) -> OSError:
+    why = error.strerror or str(error)
+    if isinstance(error, FileNotFoundError):
+        why += f"; make the folder {path.parent} first, or give a file in another one"
+    return OSError(error.errno, why, os.fspath(path))
 
 
 def _header(found: Digest, title: str) -> str:
@@ -240,12 +246,13 @@ def _legend(one: Chart) -> str:
                 if not line.limits:
                     named.setdefault(line.style, (line.group or line.name, line))
             items = [f"{sample(line)}{clean(text)}" for text, line in named.values()]
-        for line in one.lines:
-            items += [
-                '<svg class="key" viewBox="0 0 34 12" aria-hidden="true">'
-                f"{mark(code)}</svg>set by {clean(name)}"
-                for code, name in enumerate(line.limits)
-            ]
+        # Parts of one run share the codes, of which the last part has all.
+        limits = dict(pair for line in one.lines for pair in enumerate(line.limits))
+        items += [
+            '<svg class="key" viewBox="0 0 34 12" aria-hidden="true">'
+            f"{mark(code)}</svg>set by {clean(name)}"
+            for code, name in limits.items()
+        ]
     if not items:
         return ""
     return '<ul class="legend">' + "".join(f"<li>{item}</li>" for item in items) + "</ul>"
@@ -291,7 +298,8 @@ def _table(runs: list[Run]) -> str:
     return (
         '<section class="last" aria-labelledby="last-h"><h2 id="last-h">The last values</h2>'
         '<div class="table" tabindex="0" role="region" aria-labelledby="last-h"><table>'
-        f'<tr><th scope="col">run</th><th scope="col">records</th><th scope="col">last step</th>'
+        f'<tr><th scope="col">run</th><th scope="col">records</th>'
+        f'<th scope="col">last {runs[0].x}</th>'
         f"{head}</tr>{rows}</table></div></section>"
     )
 

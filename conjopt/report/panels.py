@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -231,10 +232,12 @@ def panels(found: Digest) -> list[Panel]:
     made = []
     styles = {style: i for i, style in enumerate(dict.fromkeys(run.style for run in found.runs))}
     there = {key for run in found.runs for key in run.series}
-    if len(found.runs) == 1 and any(key.startswith("limits/") for key in there):
+    if found.of_one_run and any(key.startswith("limits/") for key in there):
         there.add("limits")
     for name, title, texts, plans in PLANS:
-        charts = [chart for plan in plans for chart in _charts(plan, found.runs, styles)]
+        charts = [
+            chart for plan in plans for chart in _charts(plan, found.runs, styles, found.of_one_run)
+        ]
         if charts:
             text = " ".join(t for key, t in texts.items() if not key or key in there)
             made.append(Panel(name, title, text, tuple(charts)))
@@ -268,7 +271,7 @@ def _constant(key: str, runs: list[Run]) -> float | None:
     return float(y[0]) if (y == y[0]).all() else None
 
 
-def _charts(plan: _Plan, runs: list[Run], styles: dict[str, int]) -> list[Chart]:
+def _charts(plan: _Plan, runs: list[Run], styles: dict[str, int], one: bool = False) -> list[Chart]:
     if len(runs) == 1:
         (run,) = runs
         alone = plan.alone or plan.keys
@@ -276,12 +279,7 @@ def _charts(plan: _Plan, runs: list[Run], styles: dict[str, int]) -> list[Chart]
             return []
         lines = []
         if plan.keys == ("step_size",):
-            order = {name: i for i, name in enumerate(run.limits)}
-            lines = [
-                Line(label(key), series, -1 - order.get(label(key), len(order)))
-                for key, series in run.series.items()
-                if key.startswith("limits/")
-            ]
+            lines = _limits(run, run.limits)
         lines += [
             Line(
                 label(key),
@@ -300,14 +298,27 @@ def _charts(plan: _Plan, runs: list[Run], styles: dict[str, int]) -> list[Chart]
                 run.name or "unnamed",
                 run.series[key],
                 styles[run.style],
+                tuple(run.limits) if key == "step_size" and one else (),
                 group=run.style or "unnamed",
             )
             for run in runs
             if key in run.series
         ]
+        if of_key and key == "step_size" and one:
+            of_key = [line for run in runs for line in _limits(run, runs[-1].limits)] + of_key
         if of_key and (key not in ("data_floor",) or any(line.series.y.any() for line in of_key)):
             made.append(_chart(label(key), of_key, plan.log, runs[0].x))
     return made
+
+
+def _limits(run: Run, names: Iterable[str]) -> list[Line]:
+    """Faint lines, in the colours of the marks."""
+    order = {name: i for i, name in enumerate(names)}
+    return [
+        Line(label(key), series, -1 - order.get(label(key), len(order)))
+        for key, series in run.series.items()
+        if key.startswith("limits/")
+    ]
 
 
 def _chart(title: str, lines: list[Line], log: bool | None, x: str) -> Chart:

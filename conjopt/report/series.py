@@ -25,6 +25,7 @@ class Series:
     Attributes:
         count: numbers that came, finite or not.
         bad: kind ("nan", "inf", "-inf") to how often it came.
+        last: place and value of the last number that came, finite or not; None before any.
 
     Example:
         >>> series = Series(points=30)
@@ -42,6 +43,7 @@ class Series:
         self.points = max(points, 3)
         self.count = 0
         self.bad: dict[str, int] = {}
+        self.last: tuple[float, float] | None = None
         self._bad_x: dict[str, Numbers] = {}
         # (4, n) of each: number of the record in the series, x, y and a code that goes with it.
         self._kept: list[Numbers] = []
@@ -57,6 +59,8 @@ class Series:
         """
         index = np.arange(self.count, self.count + len(y), dtype=float)
         self.count += len(y)
+        if len(y):
+            self.last = float(x[-1]), float(y[-1])
         rows = np.stack([index, x, y, np.full(len(y), -1.0) if code is None else code])
         finite = np.isfinite(y)
         if not finite.all():
@@ -116,6 +120,25 @@ class Series:
             kind: "nan", "inf" or "-inf".
         """
         return self._bad_x.get(kind, np.empty(0))
+
+    def gaps(self, x: Numbers) -> NDArray[np.intp]:
+        """Where a line through some places has a gap, as no finite number is between.
+
+        Args:
+            x: (p,) places, a part of `x`.
+
+        Returns:
+            the index of the place after each gap.
+
+        Example:
+            >>> series = Series()
+            >>> series.add(np.arange(4.0), np.array([1.0, 2.0, np.nan, 4.0]))
+            >>> series.gaps(series.x)
+            array([2])
+        """
+        holes = np.sort(np.concatenate([np.empty(0), *self._bad_x.values()]))
+        between = np.searchsorted(holes, x[1:]) > np.searchsorted(holes, x[:-1])
+        return np.flatnonzero(between) + 1
 
 
 def thinned(index: Numbers, y: Numbers, points: int) -> NDArray[np.intp]:

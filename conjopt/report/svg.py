@@ -164,9 +164,9 @@ def _line(
         x, y, code = x[kept], y[kept], code[kept]
     px, py = _to_x(x, span), to_y(y)
     # A line does not run on over places without a number, nor back to a step before.
-    holes = np.sort(np.concatenate([series.bad_places(kind) for kind in BAD]))
-    gap = np.searchsorted(holes, x[1:]) > np.searchsorted(holes, x[:-1])
-    jump = np.concatenate([[True], gap])
+    jump = np.zeros(x.size, dtype=bool)
+    jump[0] = True
+    jump[series.gaps(x)] = True
     if not line.limits:
         drawn = [f'<path class="{_style(line)}" d="{_path(px, py, jump)}"/>']
         if x.size <= FEW and line.style >= 0:
@@ -281,6 +281,8 @@ def _scale(
         placed: Numbers = HEIGHT - BOTTOM - at / (high - low) * (HEIGHT - BOTTOM - TOP)
         return placed
 
+    if not every.size:
+        return to_y, []  # there is no number to read off
     if log:
         return to_y, _decades(low, high)
     if all(map(math.isfinite, (low * size, high * size, (high - low) * size))):

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 from conjopt.report.digest import Digest, Run
 from conjopt.report.panels import label
+from conjopt.report.series import Series
 
-__all__ = ["counted", "headline", "sentences"]
+__all__ = ["HINT", "counted", "headline", "sentences"]
 
 RUNS = 24  # that get a line of their own
 LOSSES = ("loss", "train_loss", "excess_loss", "test_loss")
+HINT = (
+    "No record holds a number yet. An optimizer records by ConjSGD(..., history=...), and any loop "
+    "by history.record(step=..., loss=...)."
+)
 BAD = {"nan": "NaN", "inf": "infinite", "-inf": "minus infinite"}
 
 
@@ -39,16 +46,20 @@ def sentences(found: Digest, *, each: bool = True) -> list[str]:
     count = counted(found.records, "record")
     if len(runs) == 1:
         (run,) = runs
-        where = f"{run.x}s {run.first:,.0f} to {run.last:,.0f}"
+        where = f"{run.x}s {_place(run.first)} to {_place(run.last)}"
         named = f" of {run.name}" if run.name else ""
         return [f"{count}{named}, {where}.", *_of_run(run), *_of_file(found)]
     told = [f"{count} of {len(runs)} runs."]
+    if found.of_one_run:
+        told = [f"{count} of one run in {len(runs)} parts, as its steps go back."]
     if each:
         told += [f"{run.name or 'unnamed'}: {headline(run)}." for run in runs[:RUNS]]
     if each and len(runs) > RUNS:
         told.append(f"And {len(runs) - RUNS} more runs.")
     for run in runs:
-        told += [f"{run.name or 'unnamed'}: {trouble}" for trouble in _troubles(run)][:4]
+        told += [f"{run.name or 'unnamed'}: {trouble}" for trouble in _skips(run) + _troubles(run)][
+            :4
+        ]
     return told + _of_file(found)
 
 
@@ -62,11 +73,12 @@ def counted(number: int, thing: str) -> str:
     return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
-def headline(run: Run) -> str:
+def headline(run: Run, *, before: int | None = None) -> str:
     """Where a run stands, in one clause.
 
     Args:
         run: of a digest.
+        before: steps that were skipped when it was last told of; None for the first time.
 
     Example:
         >>> found = Digest()
@@ -75,48 +87,82 @@ def headline(run: Run) -> str:
         'loss 0.25, step size 0.1 (edge), step 3'
     """
     parts = []
-    if (loss := _last(run, *LOSSES)) is not None:
-        parts.append(f"{label(loss[0]) if loss[0] != 'loss' else 'loss'} {loss[1]}")
-    if (size := _last(run, "step_size")) is not None:
+    if run.skipped:
+        new = 0 if before is None else run.skipped - before
+        parts.append(f"{counted(run.skipped, 'step')} skipped" + (f" ({new:,} new)" * (new > 0)))
+    if (key := _first(run, *LOSSES)) is not None:
+        series = run.series[key]
+        name = "loss" if key == "loss" else label(key)
+        parts.append(f"{name} {_told(series)}")
+        if not _is_finite(series) and series.y.size:
+            place = _place(float(series.x[-1]))
+            parts.append(f"last finite {series.y[-1]:.4g} at {run.x} {place}")
+    if (key := _first(run, "step_size")) is not None and not run.skipped_since:
         by = run.value("limited_by")
-        parts.append(f"step size {size[1]}" + (f" ({by})" if by else ""))
-    if (accuracy := _last(run, "test_accuracy")) is not None:
-        parts.append(f"test accuracy {accuracy[1]}")
-    return ", ".join([*parts, f"{run.x} {run.last:,.0f}"])
+        parts.append(f"step size {_told(run.series[key])}" + (f" ({by})" if by else ""))
+    if (key := _first(run, "test_accuracy")) is not None:
+        parts.append(f"test accuracy {_told(run.series[key])}")
+    return ", ".join([*parts, f"{run.x} {_place(run.last)}"])
 
 
 def _of_run(run: Run) -> list[str]:
     told = []
-    if (loss := _last(run, *LOSSES)) is not None:
-        name = "Loss" if loss[0] == "loss" else label(loss[0]).capitalize()
-        above = ""
-        value, floor = run.value(loss[0]), run.value("data_floor")
-        if loss[0] == "loss" and isinstance(floor, int | float) and isinstance(value, int | float):
-            above = f", {value - floor:.4g} above the data floor"
-        told.append(f"{name} {loss[1]} at {run.x} {run.last:,.0f}{above}.")
-    if (size := _last(run, "step_size")) is not None:
+    if (key := _first(run, *LOSSES)) is not None:
+        told.append(_of_loss(run, key))
+    told += _skips(run)
+    if (key := _first(run, "step_size")) is not None:
         by = run.value("limited_by")
         set_by = f", set by {by}" if by and by != "nothing measured" else ""
-        told.append(f"The step size is {size[1]}{set_by}.")
+        is_ = "was" if run.skipped_since else "is"
+        told.append(f"The step size {is_} {_told(run.series[key])}{set_by}.")
         if total := sum(run.limits.values()):
-            ordered = sorted(run.limits.items(), key=lambda pair: -pair[1])
+            limits = [pair for pair in run.limits.items() if pair[1]]
+            ordered = sorted(limits, key=lambda pair: -pair[1])
             shares = ", ".join(f"{name} {100 * n / total:.0f} %" for name, n in ordered)
             told[-1] += f" Over the records: {shares}."
     return told + _troubles(run)
 
 
+def _of_loss(run: Run, key: str) -> str:
+    series = run.series[key]
+    name = "Loss" if key == "loss" else label(key).capitalize()
+    assert series.last is not None  # a series has one number at least
+    x, value = series.last
+    at = f"at {run.x} {_place(x)}"
+    if not _is_finite(series):
+        if not series.y.size:
+            return f"{name} is {_told(series)} {at}, and was never finite."
+        place = _place(float(series.x[-1]))
+        return (
+            f"{name} is {_told(series)} {at}. The last finite one was {series.y[-1]:.4g} at "
+            f"{run.x} {place}."
+        )
+    above, of_floor = "", run.series.get("data_floor")
+    floor = of_floor.last[1] if of_floor is not None and of_floor.last is not None else 0.0
+    if key == "loss" and floor and math.isfinite(floor):
+        above = f", {value - floor:.4g} above the data floor"
+    return f"{name} {_told(series)} {at}{above}."
+
+
+def _skips(run: Run) -> list[str]:
+    if not run.skipped:
+        return []
+    was = "was" if run.skipped == 1 else "were"
+    since = ""
+    if run.skipped_since and run.taken is not None:
+        count = "all" if run.skipped_since == run.skipped else f"{run.skipped_since:,} of them"
+        since = f", {count} since {run.x} {_place(run.taken[0])}"
+    return [f"{counted(run.skipped, 'step')} {was} skipped{since}: something was not finite."]
+
+
 def _troubles(run: Run) -> list[str]:
     told = []
-    skipped = run.value("skipped_steps")
-    if isinstance(skipped, int) and skipped > 0:
-        was = "was" if skipped == 1 else "were"
-        told.append(f"{counted(skipped, 'step')} {was} skipped: something was not finite.")
     unknown = [label(k) for k, c in run.conditions.items() if c.state == "unknown"]
     failing = [(label(k), c) for k, c in run.conditions.items() if c.state == "fails"]
-    told += [f"{name} fails since {run.x} {c.since:,.0f}." for name, c in failing]
+    told += [f"{name} fails since {run.x} {_place(c.since)}." for name, c in failing]
     told += [
         f"{label(k)} failed in {counted(c.failed, 'record')}, and {c.state} since {run.x} "
-        f"{c.since:,.0f}."
+        f"{_place(c.since)}."
         for k, c in run.conditions.items()
         if c.failed and c.state == "holds"
     ]
@@ -125,7 +171,7 @@ def _troubles(run: Run) -> list[str]:
         told.append(f"No condition of Thm 3.1 fails now{which}.")
     told += [
         f"{label(key).capitalize()} was {BAD[kind]} in {counted(count, 'record')}, "
-        f"first at {run.x} {series.bad_places(kind)[0]:,.0f}."
+        f"first at {run.x} {_place(float(series.bad_places(kind)[0]))}."
         for key, series in run.series.items()
         for kind, count in series.bad.items()
         # An infinite limit or noise scale is an answer: nothing limits, or no signal was seen.
@@ -151,13 +197,21 @@ def _of_file(found: Digest) -> list[str]:
     return told
 
 
-def _last(run: Run, *names: str) -> tuple[str, str] | None:
-    """The first of these quantities in the last record, or in the one before that has it."""
-    for name in names:
-        value = run.value(name)
-        if isinstance(value, int | float):
-            return name, f"{value:.4g}"
-    for name in names:
-        if name in run.series and run.series[name].y.size:
-            return name, f"{run.series[name].y[-1]:.4g}"
-    return None
+def _first(run: Run, *names: str) -> str | None:
+    """The first of these quantities that the run has numbers of."""
+    return next((name for name in names if name in run.series), None)
+
+
+def _is_finite(series: Series) -> bool:
+    return series.last is not None and math.isfinite(series.last[1])
+
+
+def _told(series: Series) -> str:
+    """The last number of a series."""
+    assert series.last is not None
+    value = series.last[1]
+    return f"{value:.4g}" if math.isfinite(value) else BAD[str(value)]
+
+
+def _place(x: float) -> str:
+    return f"{x:,.0f}" if x == round(x) else f"{x:.4g}"
