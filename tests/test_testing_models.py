@@ -15,6 +15,7 @@ from conjopt.measure.layers import Dense, Outer, rules
 from conjopt.optim import step_size
 from conjopt.potentials import LossBounds, Softmax
 from conjopt.testing import Network, ViolationError, check_model
+from conjopt.testing.models import _copies
 
 COUPLING = "a sample's outputs do not depend on the others"
 CRITERION = "section 0: the criterion is a sum of Fenchel-Young losses"
@@ -682,6 +683,37 @@ class Several(nn.Module):
         return self.layer(x), x
 
 
+class ByName(Several):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.layer(x)}
+
+
+@dataclasses.dataclass
+class Output:
+    logits: Tensor
+
+
+class AsObject(Several):
+    def forward(self, x: Tensor) -> Output:
+        return Output(self.layer(x))
+
+
+class Writing(Several):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.mul_(2))
+
+
+class WritingUnseen(Several):
+    def forward(self, x: Tensor) -> Tensor:
+        x.data += 1
+        return self.layer(x)
+
+
+class Detached(Several):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).detach()
+
+
 class Noisy(Several):
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x) + torch.rand_like(x)
@@ -741,7 +773,22 @@ BAD = {
     "no module": (lambda x: x, CE, X, Y, "expected a torch.nn.Module"),
     "integers": (nn.Linear(3, 3), CE, X.long(), Y, "no embedding .*pass inputs.float()"),
     "a model that fails": (nn.Linear(4, 3), CE, X, Y, "fails on this batch .*pass dtype=None"),
-    "several outputs": (Several(), CE, X, Y, "returned 2 values, .*wrap it in a module"),
+    "several outputs": (
+        Several(),
+        CE,
+        X,
+        Y,
+        "returned a value of type tuple, .*wrap it in a module",
+    ),
+    "a dict": (ByName(), CE, X, Y, "returned a value of type dict, .*wrap it in a module"),
+    "a dataclass": (AsObject(), CE, X, Y, "returned a value of type Output, .*wrap it in a module"),
+    "a forward that writes": (Writing(), CE, X, Y, "Writing writes to its inputs: copy them first"),
+    "written by its data": (WritingUnseen(), CE, X, Y, "writes to its inputs: copy them first"),
+    "detached": (Detached(), CE, X, Y, "no trainable parameter reaches the outputs"),
+    "no numbers": (nn.Linear(3, 3, device="meta"), CE, X, Y, "'weight', .*'bias': on the meta"),
+    "inputs without numbers": (nn.Linear(3, 3), CE, X.to("meta"), Y, "input 0: on the meta"),
+    "lazy": (nn.LazyLinear(3), CE, X, Y, "'bias': not initialised: run the model once"),
+    "complex": (nn.Linear(3, 3), CE, X.to(torch.complex64), Y, "input 0: complex: .*real ones"),
     "random numbers": (Noisy(), CE, X, Y, r"two runs of Noisy differ: call model.eval\(\)"),
     "a model that cannot be copied": (kept(), CE, X, Y, "cannot be copied"),
     "samples along dimension 1": (Transposing(), CE, X, Y, "expected samples along dimension 0"),
@@ -758,9 +805,31 @@ def test_bad_input(name: str):
         check_model(model, loss, x, y)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float64])
+def test_the_batch_is_copied(dtype: torch.dtype | None):
+    """Also where it needs no conversion."""
+    x, y = X.double(), VALUES.double()
+    _, _, inputs, targets = _copies(nn.Linear(3, 3), CE, {"x": x}, y, dtype)
+    assert inputs["x"].data_ptr() != x.data_ptr()
+    assert targets.data_ptr() != y.data_ptr()
+
+
 def test_bad_numbers():
-    with pytest.raises(ValueError, match="rows=0 and max_examples=20, expected at least 1"):
-        check_model(nn.Linear(3, 3), CE, X, Y, rows=0)
+    for options, kind, message in (
+        ({"rows": 0}, ValueError, "rows=0, expected at least 1"),
+        ({"rows": 2.5}, TypeError, "rows=2.5, expected an integer"),
+        ({"max_examples": 0}, ValueError, "max_examples=0, expected at least 1"),
+        ({"dtype": "float64"}, TypeError, "dtype='float64', expected torch.float64"),
+        ({"dtype": torch.bfloat16}, ValueError, r"torch.bfloat16, .* torch.float64 \(the default"),
+        ({"dtype": torch.float16}, ValueError, "told from rounding"),
+        ({"dtype": torch.int64}, ValueError, "torch.int64, expected torch.float64"),
+    ):
+        with pytest.raises(kind, match=message):
+            check_model(nn.Linear(3, 3), CE, X, Y, **options)
+    with pytest.raises(ValueError, match=r"'weight', parameter 'bias' in torch.bfloat16.*default"):
+        check_model(nn.Linear(3, 3).bfloat16(), CE, X, Y, dtype=None)
+    half = check_model(nn.Linear(3, 3).bfloat16(), CE, X.bfloat16(), Y, max_examples=2)
+    assert NORMS in half.statements  # the copy is in float64
     with pytest.raises(ValueError, match="kind='deep', expected one of linear, mlp"):
         Network("deep")
     with pytest.raises(ValueError, match="norm='group', expected one of none"):
