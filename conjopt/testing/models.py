@@ -92,7 +92,7 @@ def check_model(
         >>> x, y = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])
         >>> report = check_model(model, nn.CrossEntropyLoss(), x, y, max_examples=5)
         >>> len(report.statements), dict(report.left_out)
-        (26, {})
+        (27, {})
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"check_model: got a {type(model).__name__}, expected a torch.nn.Module")
