@@ -15,6 +15,7 @@ from conjopt.measure.layers import Dense, Outer, rules
 from conjopt.optim import step_size
 from conjopt.potentials import LossBounds, Softmax
 from conjopt.testing import Network, ViolationError, check_model
+from conjopt.testing.models import _copies
 
 COUPLING = "a sample's outputs do not depend on the others"
 CRITERION = "section 0: the criterion is a sum of Fenchel-Young losses"
@@ -28,6 +29,7 @@ ON_V = "autograd: the extreme eigenvalues on V"
 BATCH_STRUCTURE = "autograd: the batch structure matrix"
 CURVATURE = "autograd: the curvature along a direction"
 TOP_CURVATURE = "autograd: the greatest curvature"
+DERIVATIVE = "differences: the gradient is the derivative of the criterion"
 NOISE = "autograd: the gradient noise"
 BITS = "the probe leaves .grad the same to the bit"
 PROBE = "autograd: the norms by the probe"
@@ -117,7 +119,7 @@ GOOD = {
 def test_good_models_pass(name: str):
     make, loss, x, y = GOOD[name]
     report = check_model(make(), loss, x, y, max_examples=4)
-    assert len(report.statements) + len(report.left_out) == 26
+    assert len(report.statements) + len(report.left_out) == 27
     assert THM_2_1 in report.statements
     assert (TRUST_REGION in report.left_out) == isinstance(loss, nn.PoissonNLLLoss)
     assert (THM_2_3 in report.left_out) == (name == "tokens")
@@ -130,6 +132,7 @@ def test_other_types(dtype: torch.dtype | None):
         perceptron().float(), nn.CrossEntropyLoss(), X, Y, dtype=dtype, max_examples=5
     )
     assert len(report.statements) == 26
+    assert "need float64, and there is torch.float32" in report.left_out[DERIVATIVE]
 
 
 def test_inputs_by_name_and_a_batch_of_one():
@@ -144,9 +147,9 @@ def test_inputs_by_name_and_a_batch_of_one():
     inputs = {"a": X[:1], "b": X[:1] + 1, "times": 2.0}
     report = check_model(Two(), nn.MSELoss(), inputs, VALUES[:1, :2], max_examples=3)
     assert "noise needs two" in report.left_out[NOISE]
-    assert len(report.statements) == 25
-    report = check_model(Two(), nn.MSELoss(), (X, X), VALUES[:, :2], max_examples=3)
     assert len(report.statements) == 26
+    report = check_model(Two(), nn.MSELoss(), (X, X), VALUES[:, :2], max_examples=3)
+    assert len(report.statements) == 27
 
 
 # Planted bugs. Each takes pytest's monkeypatch, and gives a model, a loss and a batch.
@@ -156,6 +159,7 @@ PLANTED: dict[str, tuple[Callable[[pytest.MonkeyPatch], Case], set[str], set[str
 MEASURED = {NORMS, ENERGY, STRUCTURE, ON_V, BATCH_STRUCTURE, CURVATURE, TOP_CURVATURE, NOISE}
 THEOREMS = {THM_2_1, THM_2_2, THM_2_3, THM_2_4, THM_2_5, THM_2_6, TRUST_REGION, EIGENVALUE_FORM}
 EVERYTHING = MEASURED | THEOREMS | {IN_ENERGY, IN_STRUCTURE, MEANS, MADE_OF, BITS, PROBE, UNTOUCHED}
+EVERYTHING |= {DERIVATIVE}
 
 
 def planted(name: str, found: set[str], spared: set[str]):
@@ -283,7 +287,7 @@ for kind in ("padding", "stride", "groups"):
 
 def test_a_right_rule_passes(monkeypatch: pytest.MonkeyPatch):
     """So what is found of the others is their mistake."""
-    assert len(check_model(*convolution(monkeypatch, "right"), max_examples=4).statements) == 26
+    assert len(check_model(*convolution(monkeypatch, "right"), max_examples=4).statements) == 27
 
 
 @planted(
@@ -508,6 +512,33 @@ def counted_twice(patch: pytest.MonkeyPatch) -> Case:
     return Network("tied", k=3, width=2), nn.CrossEntropyLoss(), TOKENS, Y[:4]
 
 
+class HalfSquare(torch.autograd.Function):
+    """``x * x`` whose backward forgets the 2."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient * x
+
+
+@planted("a backward that is not the derivative", {DERIVATIVE}, EVERYTHING - {DERIVATIVE})
+def wrong_backward(patch: pytest.MonkeyPatch) -> Case:
+    class Squaring(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(HalfSquare.apply(self.first(x)))
+
+    return classified(Squaring())
+
+
 @planted("a model that couples samples", {COUPLING}, EVERYTHING | {CRITERION, RESIDUAL})
 def coupled(patch: pytest.MonkeyPatch) -> Case:
     class Coupled(nn.Module):
@@ -559,6 +590,45 @@ def test_planted_bugs_are_found(name: str, monkeypatch: pytest.MonkeyPatch):
         (found,) = (v for v in error.value.violations if v.statement == IN_ENERGY)
         names = [name for name, _ in case[0].named_parameters()]
         assert any(f"('{name}')" in found.left for name in names)
+
+
+@pytest.mark.parametrize("x", ["zeros", "drawn"])
+def test_kinks_raise_no_alarm(x: str):
+    """Zeros through layers without a bias put every ReLU at its kink, and tie every maximum."""
+    inputs = torch.zeros(4, 1, 4, 4) if x == "zeros" else IMAGES[:, :1, :4].repeat(1, 1, 1, 2)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()
+        ).append(nn.LazyLinear(3))
+        model(inputs)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                nn.init.zeros_(parameter)
+        found = check_model(model, nn.CrossEntropyLoss(), inputs, Y[:4], max_examples=1)
+        assert DERIVATIVE in found.statements
+
+
+class Cancelling(nn.Module):
+    """The identity; where it is 0, autograd says that its slope is 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.shift = nn.Linear(3, 3), nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + F.relu(self.shift) - F.relu(-self.shift)
+
+
+def test_a_kink_right_at_the_parameters_raises_no_alarm():
+    found = check_model(Cancelling(), nn.CrossEntropyLoss(), X, Y, max_examples=2)
+    assert DERIVATIVE in found.statements
+
+
+def test_a_table_that_the_forward_writes_to_is_not_moved():
+    model = nn.Sequential(nn.Embedding(3, 2, max_norm=0.5), nn.Flatten(), nn.Linear(6, 3))
+    found = check_model(model, nn.CrossEntropyLoss(), TOKENS, Y[:4], max_examples=1)
+    assert "max_norm" in found.left_out[DERIVATIVE]
 
 
 MILLIONTHS = {
@@ -682,6 +752,37 @@ class Several(nn.Module):
         return self.layer(x), x
 
 
+class ByName(Several):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.layer(x)}
+
+
+@dataclasses.dataclass
+class Output:
+    logits: Tensor
+
+
+class AsObject(Several):
+    def forward(self, x: Tensor) -> Output:
+        return Output(self.layer(x))
+
+
+class Writing(Several):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.mul_(2))
+
+
+class WritingUnseen(Several):
+    def forward(self, x: Tensor) -> Tensor:
+        x.data += 1
+        return self.layer(x)
+
+
+class Detached(Several):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).detach()
+
+
 class Noisy(Several):
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x) + torch.rand_like(x)
@@ -741,7 +842,22 @@ BAD = {
     "no module": (lambda x: x, CE, X, Y, "expected a torch.nn.Module"),
     "integers": (nn.Linear(3, 3), CE, X.long(), Y, "no embedding .*pass inputs.float()"),
     "a model that fails": (nn.Linear(4, 3), CE, X, Y, "fails on this batch .*pass dtype=None"),
-    "several outputs": (Several(), CE, X, Y, "returned 2 values, .*wrap it in a module"),
+    "several outputs": (
+        Several(),
+        CE,
+        X,
+        Y,
+        "returned a value of type tuple, .*wrap it in a module",
+    ),
+    "a dict": (ByName(), CE, X, Y, "returned a value of type dict, .*wrap it in a module"),
+    "a dataclass": (AsObject(), CE, X, Y, "returned a value of type Output, .*wrap it in a module"),
+    "a forward that writes": (Writing(), CE, X, Y, "Writing writes to its inputs: copy them first"),
+    "written by its data": (WritingUnseen(), CE, X, Y, "writes to its inputs: copy them first"),
+    "detached": (Detached(), CE, X, Y, "no trainable parameter reaches the outputs"),
+    "no numbers": (nn.Linear(3, 3, device="meta"), CE, X, Y, "'weight', .*'bias': on the meta"),
+    "inputs without numbers": (nn.Linear(3, 3), CE, X.to("meta"), Y, "input 0: on the meta"),
+    "lazy": (nn.LazyLinear(3), CE, X, Y, "'bias': not initialised: run the model once"),
+    "complex": (nn.Linear(3, 3), CE, X.to(torch.complex64), Y, "input 0: complex: .*real ones"),
     "random numbers": (Noisy(), CE, X, Y, r"two runs of Noisy differ: call model.eval\(\)"),
     "a model that cannot be copied": (kept(), CE, X, Y, "cannot be copied"),
     "samples along dimension 1": (Transposing(), CE, X, Y, "expected samples along dimension 0"),
@@ -758,9 +874,31 @@ def test_bad_input(name: str):
         check_model(model, loss, x, y)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float64])
+def test_the_batch_is_copied(dtype: torch.dtype | None):
+    """Also where it needs no conversion."""
+    x, y = X.double(), VALUES.double()
+    _, _, inputs, targets = _copies(nn.Linear(3, 3), CE, {"x": x}, y, dtype)
+    assert inputs["x"].data_ptr() != x.data_ptr()
+    assert targets.data_ptr() != y.data_ptr()
+
+
 def test_bad_numbers():
-    with pytest.raises(ValueError, match="rows=0 and max_examples=20, expected at least 1"):
-        check_model(nn.Linear(3, 3), CE, X, Y, rows=0)
+    for options, kind, message in (
+        ({"rows": 0}, ValueError, "rows=0, expected at least 1"),
+        ({"rows": 2.5}, TypeError, "rows=2.5, expected an integer"),
+        ({"max_examples": 0}, ValueError, "max_examples=0, expected at least 1"),
+        ({"dtype": "float64"}, TypeError, "dtype='float64', expected torch.float64"),
+        ({"dtype": torch.bfloat16}, ValueError, r"torch.bfloat16, .* torch.float64 \(the default"),
+        ({"dtype": torch.float16}, ValueError, "told from rounding"),
+        ({"dtype": torch.int64}, ValueError, "torch.int64, expected torch.float64"),
+    ):
+        with pytest.raises(kind, match=message):
+            check_model(nn.Linear(3, 3), CE, X, Y, **options)
+    with pytest.raises(ValueError, match=r"'weight', parameter 'bias' in torch.bfloat16.*default"):
+        check_model(nn.Linear(3, 3).bfloat16(), CE, X, Y, dtype=None)
+    half = check_model(nn.Linear(3, 3).bfloat16(), CE, X.bfloat16(), Y, max_examples=2)
+    assert NORMS in half.statements  # the copy is in float64
     with pytest.raises(ValueError, match="kind='deep', expected one of linear, mlp"):
         Network("deep")
     with pytest.raises(ValueError, match="norm='group', expected one of none"):

@@ -200,6 +200,53 @@ def test_bad_input():
         check_potential(Softmax(), targets=st.none())
 
 
+ONES = torch.ones(2, 3, dtype=torch.float64)
+BAD = {
+    "k, a word": ({"k": "a"}, TypeError, "got k='a', expected an integer"),
+    "k, none": ({"k": 0}, ValueError, "got k=0, expected at least 1"),
+    "largest, 0": ({"largest": 0}, ValueError, "largest=0, expected at least 0.001"),
+    "largest, negative": ({"largest": -1}, ValueError, "largest=-1, expected at least 0.001"),
+    "largest, no number": ({"largest": float("nan")}, ValueError, "largest=nan"),
+    "largest, a word": ({"largest": "a"}, TypeError, "largest='a', expected a number"),
+    "no examples": ({"max_examples": 0}, ValueError, "max_examples=0, expected at least 1"),
+    "a tensor": ({"k": 3, "targets": ONES}, TypeError, r"strategies.just\(tensor\)"),
+    "targets of none": ({"k": 3, "targets": st.none()}, ValueError, "drew a NoneType, expected"),
+    "a wrong width": (
+        {"k": 4, "targets": st.just(ONES)},
+        ValueError,
+        r"drew the shape \(2, 3\) in torch.float64, expected .*\(2, 4\), .*by k=",
+    ),
+    "float32": ({"k": 3, "targets": st.just(ONES.float())}, ValueError, "in torch.float32"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_options(name):
+    options, kind, message = BAD[name]
+    with pytest.raises(kind, match=message):
+        check_potential(Squared(), **options)
+
+
+def test_the_least_size_of_outputs():
+    assert len(check_potential(Squared(), largest=1e-3, max_examples=2).statements) == 12
+
+
+class Simplexless(Softmax):
+    on_simplex = False
+
+
+class OnNoSimplex(Squared):
+    on_simplex = True
+
+
+def test_what_on_simplex_can_hide():
+    """As docs/testing_potentials.md says: a space too large is not found, one too small is."""
+    assert len(check_potential(Simplexless(), max_examples=20).statements) == 12
+    with pytest.raises(ViolationError) as error:
+        check_potential(OnNoSimplex(), k=3, max_examples=20)
+    assert "residuals lie in the tangent space" in str(error.value)
+
+
 def test_without_hypothesis(tmp_path):
     code = (
         "import sys; sys.modules['hypothesis'] = None\n"

@@ -206,6 +206,18 @@ class MeasuredStatements:
         sides = torch.stack([found.mean_square, found.noise]), torch.stack([mean_square, noise])
         return *sides, size.expand(2), "="
 
+    def derivative(self, plain: Plain, example: Example) -> Sides:
+        """The gradient of the criterion, along a direction, is what differences say of it."""
+        u = plain.direction(example.direction, example.seed)
+        # Next to the example: parameters that are zeros put inputs of ReLU right at its kink.
+        apart = 1e-3 * plain.direction("random", example.seed + 1)
+        slope, differences, size = plain.slopes(u, apart)
+        off = (slope - differences).abs() - size
+        if not bool(off.isfinite().all()):  # out of the domain of the model or the loss
+            return slope.new_zeros(()), slope.new_zeros(()), slope.new_zeros(()), "="
+        best = int(off.argmin())
+        return slope, differences[best], size[best], "="
+
     # The probe in a training loop.
 
     def _trained(self, plain: Plain, *, probe: bool) -> tuple[Tensor, Tensor | None]:

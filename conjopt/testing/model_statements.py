@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from conjopt import bounds, measure
-from conjopt.measure.replay import compiled_parts
+from conjopt.measure.replay import compiled_parts, renormalised
 from conjopt.optim import step_size
 from conjopt.potentials import Squared
 from conjopt.testing.measured import MeasuredStatements, Sides, unchecked
@@ -18,6 +18,8 @@ from conjopt.testing.plain import Plain
 from conjopt.testing.report import Statement
 
 __all__ = ["ModelStatements"]
+
+DERIVATIVE = "differences: the gradient is the derivative of the criterion"
 
 
 class ModelStatements(MeasuredStatements):
@@ -44,6 +46,7 @@ class ModelStatements(MeasuredStatements):
         named: dict[str, Callable[[Plain, Example], Sides]] = {
             "accounting: every trainable parameter is in the gradient energy": self.in_energy,
             "accounting: every trainable parameter is in the structure matrix": self.in_structure,
+            DERIVATIVE: self.derivative,
             "autograd: the norms of the per-sample gradients": self.norms,
             "autograd: the gradient energy": self.energy,
             "autograd: the structure matrices": self.structure,
@@ -85,6 +88,12 @@ class ModelStatements(MeasuredStatements):
             for name in named:
                 if name.startswith(("Thm 2.6", "Thm 3.6")):
                     left_out[name] = f"as {plain.potential!r} has no smoothness beta"
+        tensors = [plain.outputs, *self.model.parameters()]
+        other = next((t.dtype for t in tensors if t.dtype != torch.float64), None)
+        if other is not None:
+            left_out[DERIVATIVE] = f"as differences need float64, and there is {other}"
+        elif renormalised(self.model):
+            left_out[DERIVATIVE] = "as an embedding with max_norm writes to its table"
         if self.search.samples < 2:
             left_out["autograd: the gradient noise"] = (
                 "as there is one sample, and noise needs two: give two or more"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
 from conjopt.losses import potential_of
@@ -18,10 +20,11 @@ from conjopt.measure.layers.tape import as_arguments, number_of_samples, places_
 from conjopt.measure.replay import Replay
 from conjopt.testing.model_statements import ModelStatements
 from conjopt.testing.perturbed import Search
-from conjopt.testing.report import Report, run
+from conjopt.testing.report import Report, refuse_counts, run
 
 __all__ = ["check_model"]
 
+CHECKED = (torch.float64, torch.float32)
 LARGEST = 2**30  # bytes of the dense Jacobians of an example
 
 
@@ -68,9 +71,12 @@ def check_model(
         loss term for a sample, noise for one sample.
 
     Raises:
-        TypeError: if the model is no module, or the criterion is not recognised.
+        TypeError: if the model is no module, a count no integer, ``dtype`` no type, or the
+            criterion is not recognised.
         ValueError: for what cannot be checked, with what to do: dropout or batch statistics in
-            train mode, random outputs, several outputs, no samples, no trainable parameter, numbers
+            train mode, random outputs, outputs that are no tensor or that no trainable parameter
+            reaches, a forward that writes to its inputs, types under 32 bits, complex numbers,
+            parameters that are not initialised, no samples, no trainable parameter, numbers
             that are not finite, integers for a model without an embedding, a batch or a loss that
             do not fit the model, a model that cannot be copied, and one that is too large for
             dense Jacobians.
@@ -86,15 +92,14 @@ def check_model(
         >>> x, y = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])
         >>> report = check_model(model, nn.CrossEntropyLoss(), x, y, max_examples=5)
         >>> len(report.statements), dict(report.left_out)
-        (26, {})
+        (27, {})
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"check_model: got a {type(model).__name__}, expected a torch.nn.Module")
-    if rows < 1 or max_examples < 1:
-        raise ValueError(
-            f"check_model: got rows={rows} and max_examples={max_examples}, expected at least 1"
-        )
+    refuse_counts("check_model", rows=rows, max_examples=max_examples)
+    _refuse_dtype(model, inputs, dtype)
     potential_of(loss)  # refuses what it does not know
+    _refuse_kinds(model, inputs, targets)
     _refuse_mode(model)
     samples = _samples(inputs, targets)
     _refuse_not_finite(model, inputs, targets)
@@ -116,6 +121,52 @@ def check_model(
             subject, others, *drawn, left_out=left_out, describe=search.describe, **options
         )
     return Report(subject, basic.statements + report.statements, left_out)
+
+
+def _refuse_dtype(model: nn.Module, inputs: Any, dtype: Any) -> None:
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(
+            f"check_model: got dtype={dtype!r}, expected torch.float64, torch.float32 or None"
+        )
+    if dtype is not None and dtype not in CHECKED:
+        raise ValueError(
+            f"check_model: got dtype={dtype}, expected torch.float64 (the default), torch.float32 "
+            "or None: in fewer bits a mistake cannot be told from rounding"
+        )
+    if dtype is None:
+        named = _named(model, inputs, None)
+        few = [n for n, t in named.items() if t.is_floating_point() and t.dtype not in CHECKED]
+        if few:
+            raise ValueError(
+                f"check_model: dtype=None leaves {', '.join(few)} in {named[few[0]].dtype}, in "
+                "which a mistake cannot be told from rounding: pass dtype=torch.float64, the "
+                "default, which checks a copy in float64"
+            )
+
+
+def _named(model: nn.Module, inputs: Any, targets: Tensor | None) -> dict[str, Tensor]:
+    """All tensors that a check sees, by what a user calls them."""
+    named: dict[str, Tensor] = {f"parameter '{n}'": p for n, p in model.named_parameters()}
+    named |= {f"buffer '{n}'": b for n, b in model.named_buffers()}
+    leaves = [leaf for leaf in tree_leaves(as_arguments(inputs)) if isinstance(leaf, Tensor)]
+    named |= {f"input {i}": leaf for i, leaf in enumerate(leaves)}
+    return named if targets is None else named | {"targets": targets}
+
+
+def _refuse_kinds(model: nn.Module, inputs: Any, targets: Any) -> None:
+    named = _named(model, inputs, targets if isinstance(targets, Tensor) else None)
+    for kind, what, remedy in (
+        (is_lazy, "not initialised", "run the model once on the batch"),
+        (
+            lambda t: t.is_meta,
+            "on the meta device, without numbers",
+            "load or make the numbers first",
+        ),
+        (torch.is_complex, "complex", "what is measured is about real numbers: give real ones"),
+    ):
+        found = [name for name, tensor in named.items() if kind(tensor)]
+        if found:
+            raise ValueError(f"check_model: {', '.join(found)}: {what}: {remedy}")
 
 
 def _refuse_mode(model: nn.Module) -> None:
@@ -157,14 +208,9 @@ def _samples(inputs: Any, targets: Any) -> int:
 
 
 def _refuse_not_finite(model: nn.Module, inputs: Any, targets: Tensor) -> None:
-    named: dict[str, Tensor] = {f"parameter '{n}'": p for n, p in model.named_parameters()}
-    named |= {f"buffer '{n}'": b for n, b in model.named_buffers()}
-    leaves = [leaf for leaf in tree_leaves(as_arguments(inputs)) if isinstance(leaf, Tensor)]
-    named |= {f"input {i}": leaf for i, leaf in enumerate(leaves)}
-    named["targets"] = targets
     wrong = [
         name
-        for name, tensor in named.items()
+        for name, tensor in _named(model, inputs, targets).items()
         if tensor.is_floating_point() and not bool(tensor.isfinite().all())
     ]
     if wrong:
@@ -199,13 +245,49 @@ def _copies(
     def converted(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        leaf = leaf.detach()
-        return leaf.to(dtype) if dtype is not None and leaf.is_floating_point() else leaf.clone()
+        other = dtype if dtype is not None and leaf.is_floating_point() else leaf.dtype
+        return leaf.detach().to(other, copy=True)
 
     inputs, targets = tree_map(converted, inputs), converted(targets)
     if dtype is not None:
         twin, criterion = twin.to(dtype), criterion.to(dtype)
     return twin, criterion, inputs, targets
+
+
+@dataclasses.dataclass
+class _Seen:
+    """What a call did: the type it returned unless that is a tensor, whether it wrote to inputs."""
+
+    kind: str | None = None
+    wrote: bool = False
+
+
+@contextlib.contextmanager
+def _watched(model: nn.Module) -> Iterator[_Seen]:
+    seen = _Seen()
+    given: list[tuple[Tensor, int, Tensor]] = []
+
+    def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given.extend((leaf, leaf._version, leaf.clone()) for leaf in leaves)
+
+    def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not isinstance(output, Tensor):
+            seen.kind = type(output).__name__
+        seen.wrote = any(
+            leaf._version != version or not torch.equal(leaf, copied)
+            for leaf, version, copied in given
+        )
+
+    hooks = (
+        model.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+        model.register_forward_hook(after, with_kwargs=True),
+    )
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _outputs(
@@ -216,8 +298,9 @@ def _outputs(
     args, kwargs = as_arguments(inputs)
     state = Replay.random_state(model)
     try:
-        with torch.no_grad():
+        with _watched(model) as seen:
             found = Replay(model, args, kwargs, state).run({})
+        with torch.no_grad():
             torch.rand(1)
             again = Replay(model, args, kwargs, Replay.random_state(model)).run({})
     except Exception as error:
@@ -232,12 +315,24 @@ def _outputs(
             f"check_model: {name} fails on this batch ({type(error).__name__}: {error}); it was "
             "copied and converted, so if it runs on your batch, pass dtype=None"
         ) from error
-    if len(found) != 1 or found[0] is None or again[0] is None:
-        raise ValueError(
-            f"check_model: {name} returned {len(found)} values, expected one floating-point "
-            "tensor: wrap it in a module that returns the one that the loss is given"
+    if len(found) != 1 or found[0] is None or again[0] is None or seen.kind is not None:
+        what = (
+            f"a value of type {seen.kind}" if seen.kind is not None else "a tensor of another type"
         )
-    outputs = found[0]
+        raise ValueError(
+            f"check_model: {name} returned {what}, expected one floating-point tensor: wrap it in "
+            "a module that returns the one that the loss is given"
+        )
+    if seen.wrote:
+        raise ValueError(
+            f"check_model: the forward of {name} writes to its inputs: copy them first"
+        )
+    if not found[0].requires_grad:
+        raise ValueError(
+            f"check_model: no trainable parameter reaches the outputs of {name}: look for "
+            "detach(), no_grad() or numpy in its forward"
+        )
+    outputs = found[0].detach()
     if outputs.ndim == 0 or len(outputs) != samples:
         raise ValueError(
             f"check_model: the outputs have the shape {tuple(outputs.shape)} for {samples} "

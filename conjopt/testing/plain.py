@@ -24,6 +24,8 @@ from conjopt.potentials import Potential
 
 __all__ = ["Plain", "taken"]
 
+STEPS = (1e-4, 1e-5, 1e-6, 1e-7)  # of differences; the last tells of the one before
+
 
 def taken(inputs: Any, places: list[Samples | None], samples: int, rows: list[int]) -> Any:
     """Some samples of inputs.
@@ -284,6 +286,44 @@ class Plain:
             u = torch.linalg.pinv(self.J.flatten(0, 1)) @ self.cotangents.flatten().to(self.J)
         u = torch.where(u.norm() > 0, u, drawn)
         return u / u.norm()
+
+    def slopes(self, u: Tensor, apart: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The slope of the criterion along a direction, by autograd and by central differences.
+
+        Args:
+            u: the direction, (P,).
+            apart: where it is taken, as a change of the parameters, (P,).
+
+        Returns:
+            autograd's, (); differences at several step sizes, (s,); how far each may be off, (s,):
+            by rounding, where the sides disagree (a kink is there), and where a smaller step does.
+        """
+        parameters = dict(self.model.named_parameters())
+        args, kwargs = as_arguments(self.inputs)
+        replay = Replay(self.model, args, kwargs, Replay.random_state(self.model))
+
+        def value(change: Tensor) -> Tensor:
+            moved = {n: parameters[n] + part for n, part in self.by_name(change).items()}
+            (output,) = replay.run(moved)
+            assert output is not None
+            return self.loss(output, self.targets)
+
+        with torch.enable_grad():
+            at = apart.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(value(at), at)
+        with torch.no_grad():
+            here = value(apart)
+            ahead, back = (
+                torch.stack([value(apart + sign * h * u) for h in STEPS]) for sign in (1, -1)
+            )
+        h = ahead.new_tensor(STEPS)
+        central = (ahead - back) / (2 * h)
+        kink = (ahead + back - 2 * here).abs() / h
+        unsteady = (central[:-1] - central[1:]).abs()
+        terms = self.view.scale(self.outputs, self.targets) * self.weights * self.loss_rounding
+        rounding = torch.where(self.weights > 0, terms, 0).sum() + self.rounding * here.abs()
+        size = (rounding / h + kink)[:-1] + unsteady
+        return gradient @ u, central[:-1], size
 
     def by_name(self, u: Tensor) -> dict[str, Tensor]:
         """A direction as `conjopt.measure.curvature_along` takes it."""

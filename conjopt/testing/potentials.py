@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conjopt.potentials import Potential
-from conjopt.testing.report import Report, Statement, run
+from conjopt.testing.report import Report, Statement, UnfitExample, refuse_counts, run
 from conjopt.testing.strategies import outputs, targets
 
 __all__ = ["check_potential"]
 
+SMALLEST = 1e-3  # of the sizes of outputs
 EPS = torch.finfo(torch.float64).eps
 Sides = tuple[Tensor, Tensor, Tensor, str]
 
@@ -48,8 +49,9 @@ def check_potential(
         a report of the statements that hold.
 
     Raises:
-        TypeError: if it is no `Potential`.
-        ValueError: if targets are given without k.
+        TypeError: if it is no `Potential`, a number none, or ``targets`` no strategy.
+        ValueError: if targets are given without k or drawn in another shape or type, a count is
+            below 1, or ``largest`` below 1e-3.
         ViolationError: listing every statement that does not hold, with both sides and the smallest
             counterexample found.
 
@@ -66,6 +68,19 @@ def check_potential(
         raise TypeError(
             f"check_potential: got a {type(potential).__name__}, expected a "
             "conjopt.potentials.Potential with value(y) and conjugate(f)"
+        )
+    refuse_counts("check_potential", max_examples=max_examples, **({} if k is None else {"k": k}))
+    if not isinstance(largest, int | float) or isinstance(largest, bool):
+        raise TypeError(f"check_potential: got largest={largest!r}, expected a number")
+    if not largest >= SMALLEST:
+        raise ValueError(
+            f"check_potential: got largest={largest}, expected at least {SMALLEST}, the smallest "
+            "of the sizes of outputs"
+        )
+    if targets is not None and not isinstance(targets, st.SearchStrategy):
+        raise TypeError(
+            f"check_potential: got targets of type {type(targets).__name__}, expected a strategy "
+            "of hypothesis: for one tensor, hypothesis.strategies.just(tensor)"
         )
     if targets is not None and k is None:
         raise ValueError("check_potential: targets= needs k=, the number of outputs they are for")
@@ -92,7 +107,19 @@ def _instances(
     """A target, outputs, and a direction in which these change."""
     f = draw(outputs(k=k, largest=largest))
     y = draw(targets(potential, f) if given is None else given)
+    if given is not None:
+        _refuse_unfit(y, f)
     return y, f, draw(outputs(k=f.shape[-1], largest=1.0))
+
+
+def _refuse_unfit(y: Any, f: Tensor) -> None:
+    wanted = f"expected a float64 tensor of the shape {tuple(f.shape)}, the second number by k="
+    if not isinstance(y, Tensor):
+        raise UnfitExample(f"check_potential: targets= drew a {type(y).__name__}, {wanted}")
+    if y.shape != f.shape or y.dtype != f.dtype:
+        raise UnfitExample(
+            f"check_potential: targets= drew the shape {tuple(y.shape)} in {y.dtype}, {wanted}"
+        )
 
 
 class _Statements:

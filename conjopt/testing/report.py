@@ -10,7 +10,15 @@ import hypothesis
 from hypothesis import strategies as st
 from torch import Tensor
 
-__all__ = ["Report", "Statement", "Violation", "ViolationError", "run"]
+__all__ = [
+    "Report",
+    "Statement",
+    "UnfitExample",
+    "Violation",
+    "ViolationError",
+    "refuse_counts",
+    "run",
+]
 
 # To explain a counterexample takes hypothesis longer than to find and to shrink it.
 PHASES = (hypothesis.Phase.generate, hypothesis.Phase.shrink)
@@ -130,6 +138,41 @@ class Statement:
         return f"{a}{of}", f"{sign}{b}"
 
 
+class UnfitExample(ValueError):
+    """A strategy of the user's draws what a check cannot take: no statement is at fault.
+
+    Example:
+        >>> raise UnfitExample("check_potential: targets= drew (2, 4), expected (2, 3)")
+        Traceback (most recent call last):
+            ...
+        conjopt.testing.report.UnfitExample: check_potential: targets= drew (2, 4), expected (2, 3)
+    """
+
+
+def refuse_counts(caller: str, **counts: Any) -> None:
+    """Refuse counts that are no positive integers.
+
+    Args:
+        caller: named in the error.
+        counts: by name.
+
+    Raises:
+        TypeError: for what is no integer.
+        ValueError: for one below 1.
+
+    Example:
+        >>> refuse_counts("check_model", rows=0)
+        Traceback (most recent call last):
+            ...
+        ValueError: check_model: got rows=0, expected at least 1
+    """
+    for name, count in counts.items():
+        if not isinstance(count, int) or isinstance(count, bool):
+            raise TypeError(f"{caller}: got {name}={count!r}, expected an integer of at least 1")
+        if count < 1:
+            raise ValueError(f"{caller}: got {name}={count}, expected at least 1")
+
+
 def run(
     subject: str,
     statements: Sequence[Statement],
@@ -214,6 +257,8 @@ def _smallest(
 
     try:
         holds()
+    except UnfitExample:
+        raise
     except Exception as error:
         if found:
             return found[-1]  # hypothesis runs the smallest last
