@@ -11,7 +11,7 @@ from torch import nn
 
 from conjopt.potentials import Poisson, Potential, Softmax, Squared
 from conjopt.regularizers import ConditionalEntropy, PredictiveEntropy, Regularizer
-from conjopt.testing.regularizer_batches import NAMES, batches
+from conjopt.testing.regularizer_batches import NAMES, batches, one_of_each
 from conjopt.testing.regularizer_statements import OnTerms, Traits
 from conjopt.testing.report import Report, Statement, Violation, ViolationError
 from conjopt.testing.searching import smallest
@@ -40,7 +40,7 @@ def check_regularizer(
     """Check that a term of the loss has the invariances, values and gradients that it should.
 
     In float64, on batches of random outputs and on degenerate ones (one sample, one class, equal
-    outputs, outputs of 1e6 and 1e-6): the value is a finite scalar and so is its gradient, which is
+    outputs, outputs of 1e6 and 1e-6, outputs of 0, equal classes): the value is a finite scalar and so is its gradient, which is
     its derivative (by differences); the order of samples does not matter; equal calls are equal,
     and change neither the batch nor, in evaluation mode, the term; a run that goes on from
     ``state_dict`` equals the unbroken one; and what the term has of the following.
@@ -130,7 +130,13 @@ def check_regularizer(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, (sides, kinds) in named.items():
-            found = smallest(Statement(name, sides), batches(kinds, k), NAMES, max_examples)
+            found = smallest(
+                Statement(name, sides),
+                batches(kinds, k),
+                NAMES,
+                max_examples,
+                one_of_each(kinds, k),  # a few that are drawn miss a kind
+            )
             if found is not None:
                 violations.append(found)
     subject = type(term).__name__

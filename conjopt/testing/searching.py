@@ -19,6 +19,7 @@ def smallest(
     examples: st.SearchStrategy[tuple[Any, ...]],
     names: Sequence[str],
     max_examples: int,
+    given: Sequence[tuple[Any, ...]] = (),
 ) -> Violation | None:
     """Look for an example that contradicts a statement, and for smaller ones; None without any.
 
@@ -29,6 +30,7 @@ def smallest(
         examples: a strategy of numbers and names.
         names: of the parts of an example.
         max_examples: to draw.
+        given: examples that are looked at where none that was drawn contradicts.
     """
     broken: list[tuple[Any, ...]] = []
 
@@ -52,7 +54,9 @@ def smallest(
         try:
             parts = hypothesis.find(examples, contradicts, settings=options)
         except hypothesis.errors.NoSuchExample:
-            return None
+            parts = next((parts for parts in given if contradicts(parts)), ())
+            if not parts:
+                return None
         except hypothesis.errors.Flaky:
             parts = broken[-1]
         found = sides(parts)
