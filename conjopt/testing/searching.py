@@ -11,7 +11,41 @@ from hypothesis import strategies as st
 
 from conjopt.testing.report import PHASES, Statement, Violation
 
-__all__ = ["smallest"]
+__all__ = ["Apart", "at_least", "smallest"]
+
+
+class Apart(AssertionError):
+    """A statement that does not hold, with both sides in words.
+
+    Args:
+        left: what was found.
+        right: what was expected.
+    """
+
+    def __init__(self, left: str, right: str) -> None:
+        super().__init__(f"{left}, expected {right}")
+        self.left, self.right = left, right
+
+
+def at_least(check: str, name: str, value: Any, least: int, of: str = "") -> None:
+    """Refuse an argument that is no whole number, or too small.
+
+    Args:
+        check: that it is an argument of.
+        name: of the argument.
+        value: that was given.
+        least: that it may be.
+        of: what it counts.
+
+    Raises:
+        TypeError: if it is no whole number.
+        ValueError: if it is less.
+    """
+    expected = f"expected a whole number of at least {least}{of and f' {of}'}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{check}: {name}={value!r}, {expected}")
+    if value < least:
+        raise ValueError(f"{check}: {name}={value}, {expected}")
 
 
 def smallest(
@@ -38,6 +72,8 @@ def smallest(
         torch.manual_seed(0)
         try:
             return statement.violated(*parts)
+        except Apart as error:
+            return error.left, error.right
         except Exception as error:
             return f"{type(error).__name__}: {error}", "no error"
 
