@@ -540,13 +540,21 @@ def test_a_loss_of_numbers_is_told_to_say_its_potential():
 
 def test_sides_tell_what_was_found():
     found = {}
-    for kind, name in ((LogOfSizes, SCALAR), (RootOfSquares, FINITE), (EighthPower, NARROW)):
+    for kind, name in (
+        (LogOfSizes, SCALAR),
+        (Norms, EQUAL),
+        (Norms, ORDER),
+        (RootOfSquares, FINITE),
+        (EighthPower, NARROW),
+    ):
         with pytest.raises(ViolationError) as error:
             check_regularizer(kind(), leave_out=only(name), max_examples=1)
         (violation,) = error.value.violations
         found[name] = violation.left, violation.right
     assert found == {
         SCALAR: ("the value is -inf", "finite numbers"),
+        EQUAL: ("nan against nan", "finite numbers to compare"),
+        ORDER: ("nan against nan", "finite numbers to compare"),
         FINITE: ("4 of 4 entries of the gradient are like nan", "finite numbers"),
         NARROW: ("the value in torch.float32 is inf", "finite numbers"),
     }

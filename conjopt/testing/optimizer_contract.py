@@ -12,7 +12,7 @@ from torch import Tensor
 from conjopt.testing.optimizer_runs import MakeOptimizer, Run, Setting, state_of
 from conjopt.testing.searching import Apart
 
-__all__ = ["AFTER", "Contract", "Sides", "alike", "both", "holds", "regrouped"]
+__all__ = ["AFTER", "Contract", "Sides", "alike", "both", "comparable", "holds", "regrouped"]
 
 Sides = tuple[Tensor, Tensor, Tensor, str]
 AFTER = 3  # steps after what is looked at
@@ -22,7 +22,16 @@ def alike(a: Tensor, b: Tensor) -> Sides:
     """That two vectors are equal bit for bit; NaN is equal to nothing."""
     if a.shape != b.shape:
         raise Apart(f"{a.numel()} numbers", f"{b.numel()} numbers")
+    comparable(a, b)
     return a, b, torch.zeros_like(b), "="
+
+
+def comparable(a: Tensor, b: Tensor) -> None:
+    """Raise where the expected side is NaN or infinite, to which nothing is equal."""
+    bad = ~b.isfinite()
+    if bad.any():
+        pair = f"{float(a[bad][0])} against {float(b[bad][0])}"
+        raise Apart(pair, "finite numbers to compare")
 
 
 def both(*all_sides: Sides) -> Sides:

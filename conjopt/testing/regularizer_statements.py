@@ -15,7 +15,7 @@ from torch.nn.functional import one_hot
 from conjopt.potentials import Potential
 from conjopt.regularizers import Regularizer
 from conjopt.regularizers.queue import Queue
-from conjopt.testing.optimizer_contract import Sides, alike, both
+from conjopt.testing.optimizer_contract import Sides, alike, both, comparable
 from conjopt.testing.optimizer_runs import numbers
 from conjopt.testing.regularizer_batches import KINDS, batch
 from conjopt.testing.searching import Apart
@@ -359,6 +359,7 @@ class OnTerms:
 
 def _close(a: Tensor, b: Tensor, relative: float = 1e-9) -> Sides:
     a, b = a.flatten(), b.flatten()
+    comparable(a, b)
     size = torch.full_like(b, relative) * (1 + b.abs().max())
     return a, b, size, "="
 
