@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -549,3 +550,109 @@ def test_bad_input():
         check_optimizer(of(Plain), promises=["fast"])
     with pytest.raises(ValueError, match="leave_out='equal runs are equal'"):
         check_optimizer(of(Plain), leave_out=EQUAL)
+    for wrong, kind in ((0, ValueError), (-1, ValueError), (2.5, TypeError), (True, TypeError)):
+        with pytest.raises(kind, match=f"max_examples={wrong}, expected a whole number of at l"):
+            check_optimizer(of(Plain), max_examples=wrong)
+    for tau, kind in ((-1, ValueError), (math.nan, ValueError), ("a", TypeError)):
+        with pytest.raises(kind, match=f"tau={tau!r}, expected a .*number"):
+            check_optimizer(of(Plain), tau=tau)
+
+
+class WithoutNoGrad(Plain):
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p -= group["lr"] * p.grad
+
+
+class NeedsItsClosure(Plain):
+    @torch.no_grad()
+    def step(self, closure=None):
+        with torch.enable_grad():
+            closure()
+        return super().step()
+
+
+class FailsLate(Plain):
+    def move(self, p, group, state):
+        super().move(p, group, state)
+        if state["step"] == 2:
+            raise KeyError("lr_max")
+
+
+def test_an_optimizer_that_fails_plain_steps_is_one_error():
+    with pytest.raises(
+        RuntimeError, match=r"WithoutNoGrad, .*; decorate step with @torch\.no_grad"
+    ):
+        check_optimizer(of(WithoutNoGrad))
+    with pytest.raises(RuntimeError, match=r"raised TypeError: .* declares step\(self, closure\)"):
+        check_optimizer(of(NeedsItsClosure))
+    with pytest.raises(RuntimeError, match="step 2 of FailsLate, on a linear model") as error:
+        check_optimizer(of(FailsLate))
+    assert isinstance(error.value.__cause__, KeyError)
+    with pytest.raises(RuntimeError, match=r"SparseAdam, .* gradients are dense here"):
+        check_optimizer(of(torch.optim.SparseAdam))
+    made = []
+
+    def again(model, loss):
+        made.append(Plain(model.parameters()))
+        return made[0]
+
+    with pytest.raises(
+        ValueError, match=r"no parameter of the model .*make a new one at each call"
+    ):
+        check_optimizer(again)
+
+
+class NeverCallsIt(Plain):
+    def step(self, closure=None):
+        return super().step()
+
+
+class KeepsGradients(Plain):
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(False)
+
+
+SIDES = {
+    Overflowing: (FINITE, "state['mass'] has inf", "finite numbers"),
+    KeepsGradients: (ZERO_GRAD, "2 gradients are left", "None after zero_grad()"),
+    ClosureTwice: (CLOSURE, "a step calls it 2 times", "once"),
+    NeverCallsIt: (CLOSURE, "a step calls it 0 times", "once"),
+    ClosureWithoutGradients: (
+        CLOSURE,
+        "the closure is called under no_grad",
+        "gradients enabled in it",
+    ),
+    GroupForgotten: (
+        ADDED,
+        "a parameter of it stays as it was",
+        "a step, as it has a gradient",
+    ),
+    WritesToLoaded: (LOADED, "a step writes to 'ball' of state 0 of the file", "a copy of it"),
+}
+
+
+@pytest.mark.parametrize("kind", SIDES, ids=lambda kind: kind.__name__)
+def test_sides_tell_what_was_found(kind):
+    name, *sides = SIDES[kind]
+    with pytest.raises(ViolationError) as error:
+        check_optimizer(of(kind), promises=PROMISED, leave_out=only(name), max_examples=5)
+    (found,) = error.value.violations
+    assert [found.left, found.right] == sides
+
+
+def test_a_step_that_returns_nothing_is_told_so():
+    with pytest.raises(ViolationError) as error:
+        check_optimizer(of(ClosureForgotten), leave_out=only(CLOSURE), max_examples=2)
+    (found,) = error.value.violations
+    assert found.left == "a step returns None"
+    assert found.right.startswith("the loss tensor(")
+
+
+def test_both_sides_of_an_equation_are_told():
+    """And not their difference."""
+    with pytest.raises(ViolationError) as error:
+        check_optimizer(of(GradientInPlace), leave_out=only(GRADIENTS), max_examples=2)
+    (found,) = error.value.violations
+    assert float(found.left) != 0 != float(found.right)

@@ -145,6 +145,33 @@ class NoOtherClass(Margin):
         return self.weight * (outputs[targets == targets[0]].mean() - other.mean()) ** 2
 
 
+class Norms(Margin):
+    """NaN where all outputs of a sample are zero."""
+
+    def forward(self, outputs, targets):
+        unit = outputs / outputs.norm(dim=1, keepdim=True)
+        return self.weight * unit.sum(1).square().mean()
+
+
+class RootOfSquares(Margin):
+    """Whose gradient is NaN where all outputs of a sample are zero."""
+
+    def forward(self, outputs, targets):
+        return self.weight * outputs.square().sum(1).sqrt().mean()
+
+
+class LogOfSizes(Margin):
+    def forward(self, outputs, targets):
+        return self.weight * outputs.abs().log().mean()
+
+
+class RootOfVariances(Margin):
+    """Whose gradient is NaN where the classes of a sample are equal, but for rounding."""
+
+    def forward(self, outputs, targets):
+        return self.weight * (outputs - outputs[:, :1]).square().sum(1).sqrt().mean()
+
+
 class HalfDetached(Margin):
     def forward(self, outputs, targets):
         return super().forward(outputs, targets) + (outputs.detach() * outputs).mean()
@@ -277,10 +304,13 @@ class NeedsASample(PredictiveEntropy):
 
 
 PLANTED = {
-    NotAScalar: SCALAR,
     NoOtherClass: SCALAR,
     LogOfSpread: FINITE,
     OfTwoClasses: FINITE,
+    Norms: SCALAR,
+    RootOfSquares: FINITE,
+    LogOfSizes: SCALAR,
+    RootOfVariances: FINITE,
     HalfDetached: DERIVATIVE,
     Overflows: SCALAR,
     EighthPower: NARROW,
@@ -322,6 +352,23 @@ def test_planted_bugs_are_found(kind):
     assert str(found) in str(error.value)
 
 
+DEGENERATE = {
+    Norms: {"zero"},
+    RootOfSquares: {"zero"},
+    LogOfSizes: {"zero"},
+    RootOfVariances: {"zero", "equal classes"},
+}
+
+
+@pytest.mark.parametrize("kind", DEGENERATE, ids=lambda kind: kind.__name__)
+def test_no_kind_of_batch_is_missed(kind):
+    """One of each kind is looked at, however few are drawn."""
+    with pytest.raises(ViolationError) as error:
+        check_regularizer(kind(), leave_out=only(PLANTED[kind]), max_examples=1)
+    (found,) = error.value.violations
+    assert found.example["kind"] in DEGENERATE[kind]
+
+
 def test_a_wrong_precision_is_found():
     class Rounded(Margin):
         def forward(self, outputs, targets):
@@ -345,12 +392,14 @@ def test_switches_that_promise_too_much_are_found():
 
 
 def test_the_counterexample_is_the_simplest():
+    class Opposite(Margin):
+        def forward(self, outputs, targets):
+            return -1.0 - super().forward(outputs, targets)
+
     with pytest.raises(ViolationError) as error:
-        check_regularizer(LessTheMean(), leave_out=only(SIGN))
-    (found,) = (v for v in error.value.violations if v.statement == SIGN)
-    seed = found.example["seed"]
-    assert found.example == {"kind": "random", "samples": 1, "outputs": 2, "seed": seed}
-    assert seed <= 1
+        check_regularizer(Opposite(), sign=1, leave_out=only(SIGN))
+    (found,) = error.value.violations
+    assert found.example == {"kind": "random", "samples": 1, "outputs": 2, "seed": 0}
 
 
 def test_one_that_differs_from_call_to_call():
@@ -411,5 +460,101 @@ def test_bad_input():
         check_regularizer(Margin(), sign=2)
     with pytest.raises(ValueError, match=r"leave_out=.'all'., expected a collection of names out"):
         check_regularizer(Margin(), leave_out=["all"])
-    with pytest.raises(ValueError, match="k=1, expected at least 2"):
+    with pytest.raises(ValueError, match="k=1, expected a whole number of at least 2 outputs"):
         check_regularizer(Margin(), k=1)
+    with pytest.raises(TypeError, match=r"k=2\.5, expected a whole number of at least 2 outputs"):
+        check_regularizer(Margin(), k=2.5)
+    with pytest.raises(ValueError, match="max_examples=0, expected a whole number of at least 1"):
+        check_regularizer(Margin(), max_examples=0)
+    with pytest.raises(TypeError, match="max_examples=True, expected a whole number"):
+        check_regularizer(Margin(), max_examples=True)
+
+
+class OneArgument(Margin):
+    def forward(self, outputs):
+        return self.weight * outputs.square().mean()
+
+
+class AFloat(Margin):
+    def forward(self, outputs, targets):
+        return super().forward(outputs, targets).item()
+
+
+class OfThree(Margin):
+    def forward(self, outputs, targets):
+        return self.weight * (outputs * torch.arange(3.0)).square().mean()
+
+
+class NotCopied(Margin):
+    def __init__(self):
+        super().__init__()
+        self.past = torch.zeros(2, requires_grad=True) * 2
+
+
+class NoBackward(Margin):
+    def forward(self, outputs, targets):
+        root = outputs.exp()
+        value = root.square().mean()
+        root.zero_()
+        return value
+
+
+def test_a_queue_of_other_batches_is_no_matter():
+    term = ConditionalEntropy(queue=6)
+    term(torch.randn(4, 7), torch.tensor([0, 1, 5, 6]))
+    before = {name: str(value) for name, value in term.state_dict().items()}
+    check_regularizer(term, max_examples=1)
+    assert {name: str(value) for name, value in term.state_dict().items()} == before
+
+
+def test_a_term_that_fails_a_plain_call_is_one_error():
+    with pytest.raises(TypeError, match=r"OneArgument\.forward cannot .*; take targets also"):
+        check_regularizer(OneArgument())
+    with pytest.raises(
+        ValueError, match=r"shape \(4,\), expected a scalar tensor of shape \(\); t"
+    ):
+        check_regularizer(NotAScalar())
+    with pytest.raises(TypeError, match=r"a float, expected a scalar .*without \.item\(\)"):
+        check_regularizer(AFloat())
+    with pytest.raises(
+        RuntimeError, match=r"outputs \(4, 2\) and targets \(4,\).* raised .*say k="
+    ):
+        check_regularizer(OfThree())
+    check_regularizer(OfThree(), k=3, symmetric=False, max_examples=1)
+    with pytest.raises(
+        RuntimeError, match=r"NotCopied: copy\.deepcopy of it raised Runtime"
+    ) as error:
+        check_regularizer(NotCopied())
+    assert isinstance(error.value.__cause__, RuntimeError)
+    with pytest.raises(RuntimeError, match=r"NoBackward: the backward pass after a call .* raised"):
+        check_regularizer(NoBackward())
+
+
+def test_a_loss_of_numbers_is_told_to_say_its_potential():
+    with pytest.raises(RuntimeError, match=r"class indices unless .*such as potential=Squared\(\)"):
+        check_regularizer(nn.MSELoss())
+    check_regularizer(nn.MSELoss(), potential=Squared(), max_examples=2)
+    with pytest.raises(RuntimeError, match=r"targets are those of potential=Squared\(\)"):
+        check_regularizer(nn.CrossEntropyLoss(weight=torch.ones(7)), potential=Squared())
+
+
+def test_sides_tell_what_was_found():
+    found = {}
+    for kind, name in (
+        (LogOfSizes, SCALAR),
+        (Norms, EQUAL),
+        (Norms, ORDER),
+        (RootOfSquares, FINITE),
+        (EighthPower, NARROW),
+    ):
+        with pytest.raises(ViolationError) as error:
+            check_regularizer(kind(), leave_out=only(name), max_examples=1)
+        (violation,) = error.value.violations
+        found[name] = violation.left, violation.right
+    assert found == {
+        SCALAR: ("the value is -inf", "finite numbers"),
+        EQUAL: ("nan against nan", "finite numbers to compare"),
+        ORDER: ("nan against nan", "finite numbers to compare"),
+        FINITE: ("4 of 4 entries of the gradient are like nan", "finite numbers"),
+        NARROW: ("the value in torch.float32 is inf", "finite numbers"),
+    }

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from conjopt.testing.optimizer_runs import MakeOptimizer, Run, Setting, state_of
+from conjopt.testing.searching import Apart
 
-__all__ = ["AFTER", "Contract", "Sides", "alike", "both", "regrouped"]
+__all__ = ["AFTER", "Contract", "Sides", "alike", "both", "comparable", "holds", "regrouped"]
 
 Sides = tuple[Tensor, Tensor, Tensor, str]
 AFTER = 3  # steps after what is looked at
@@ -20,9 +21,17 @@ AFTER = 3  # steps after what is looked at
 def alike(a: Tensor, b: Tensor) -> Sides:
     """That two vectors are equal bit for bit; NaN is equal to nothing."""
     if a.shape != b.shape:
-        raise AssertionError(f"{a.numel()} numbers in place of {b.numel()}")
-    apart = a - b
-    return apart, torch.zeros_like(apart), torch.zeros_like(apart), "="
+        raise Apart(f"{a.numel()} numbers", f"{b.numel()} numbers")
+    comparable(a, b)
+    return a, b, torch.zeros_like(b), "="
+
+
+def comparable(a: Tensor, b: Tensor) -> None:
+    """Raise where the expected side is NaN or infinite, to which nothing is equal."""
+    bad = ~b.isfinite()
+    if bad.any():
+        pair = f"{float(a[bad][0])} against {float(b[bad][0])}"
+        raise Apart(pair, "finite numbers to compare")
 
 
 def both(*all_sides: Sides) -> Sides:
@@ -31,10 +40,10 @@ def both(*all_sides: Sides) -> Sides:
     return torch.cat(left), torch.cat(right), torch.cat(tolerance), relations[0]
 
 
-def count(found: int, expected: int) -> Sides:
-    """That two whole numbers are equal."""
-    one = torch.tensor([float(found)])
-    return one, torch.tensor([float(expected)]), torch.zeros(1), "="
+def holds() -> Sides:
+    """What has been looked at, and is so."""
+    nothing = torch.zeros(1)
+    return nothing, nothing, nothing, "="
 
 
 class Contract:
@@ -84,13 +93,17 @@ class Contract:
         """After some steps no parameter and no tensor of the state is NaN or infinite."""
         run = self.run(setting).steps(0, setting.taken + AFTER)
         state = [
-            value.detach().double().flatten()
+            (f"state[{name!r}]", value)
             for p in run.given
-            for value in run.optimizer.state.get(p, {}).values()
+            for name, value in run.optimizer.state.get(p, {}).items()
             if isinstance(value, Tensor)
         ]
-        finite = torch.cat([run.flat(), *state]).isfinite()
-        return count(int((~finite).sum()), 0)
+        for what, value in [("a parameter", run.flat()), *state]:
+            bad = value.detach().flatten()
+            bad = bad[~bad.isfinite()]
+            if len(bad):
+                raise Apart(f"{what} has {float(bad[0])}", "finite numbers")
+        return holds()
 
     def downhill(self, setting: Setting) -> Sides:
         """``<g, theta - theta+> >= 0`` for the first step, without weight decay."""
@@ -185,7 +198,9 @@ class Contract:
         left = torch.stack([torch.zeros(()).double(), *sizes])
         run.optimizer.zero_grad()
         still = sum(p.grad is not None for p in run.given)
-        return both(alike(left, torch.zeros_like(left)), count(still, 0))
+        if still:
+            raise Apart(f"{still} gradients are left", "None after zero_grad()")
+        return alike(left, torch.zeros_like(left))
 
     def closure(self, setting: Setting) -> Sides:
         """``step(closure)`` calls it once, with gradients, returns its loss, and is the loop.
@@ -193,24 +208,24 @@ class Contract:
         Optimizers whose step needs one may call it more often.
         """
         run, twin = self.run(setting), self.run(setting)
-        calls, step, losses = 0, 0, []
+        step, losses = 0, []
 
         def closure() -> Any:
-            nonlocal calls
-            calls += 1
             if not torch.is_grad_enabled():
-                raise AssertionError("the closure was called without gradients enabled")
+                raise Apart("the closure is called under no_grad", "gradients enabled in it")
             losses.append(run.backward(step).detach())
             return losses[-1]
 
-        wrong = 0
         for step in range(setting.taken + 1):
             first = len(losses)
             returned = run.optimizer.step(closure)
-            wrong += not (isinstance(returned, Tensor) and bool(returned == losses[first]))
+            called = len(losses) - first
+            if called == 0 or (called > 1 and not run.needs_closure):
+                raise Apart(f"a step calls it {called} times", "once")
+            if not (isinstance(returned, Tensor) and bool(returned == losses[first])):
+                raise Apart(f"a step returns {returned!r}", f"the loss {losses[first]!r}")
             twin.step(step)
-        expected = calls if run.needs_closure else setting.taken + 1
-        return both(alike(run.flat(), twin.flat()), count(calls, expected), count(wrong, 0))
+        return alike(run.flat(), twin.flat())
 
     def closure_error(self, setting: Setting) -> Sides:
         """Where a closure raises, the run goes on as if that step had not been tried."""
@@ -227,7 +242,7 @@ class Contract:
         except ZeroDivisionError:
             pass
         else:
-            raise AssertionError("the error of the closure did not come through")
+            raise Apart("a step without an error", "the error that the closure raises")
         for one in (run, twin):
             one.steps(setting.taken, setting.taken + AFTER)
         return alike(run.flat(), twin.flat())
@@ -257,7 +272,9 @@ class Contract:
         before = added.detach().clone()
         run.step(0)
         moving = added.grad is not None and bool(added.grad.abs().sum() > 0)
-        return count(moving and torch.equal(added, before), 0)
+        if moving and torch.equal(added, before):
+            raise Apart("a parameter of it stays as it was", "a step, as it has a gradient")
+        return holds()
 
     def maximize(self, setting: Setting) -> Sides:
         """With ``maximize`` the steps are those along negated gradients, bit for bit."""

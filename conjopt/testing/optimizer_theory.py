@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from conjopt.bounds import ConvergenceLedger
 from conjopt.bounds.records import LedgerBound
 from conjopt.optim import ConjSGD
-from conjopt.testing.optimizer_contract import AFTER, Sides, alike, both, regrouped
+from conjopt.testing.optimizer_contract import AFTER, Sides, alike, both, holds, regrouped
 from conjopt.testing.optimizer_runs import MakeOptimizer, Run, Setting, numbers
+from conjopt.testing.searching import Apart
 
 __all__ = ["Theory", "largest_tau"]
 
@@ -173,9 +174,15 @@ class Theory:
         saved = Run(setting, self.make).steps(0, setting.taken + 1).saved()
         run = Run(setting, self.make)
         state = run.load(saved)[1]["state"]
-        before = [n.clone() for n in numbers(state)]
+        before = copy.deepcopy(state)
         run.steps(setting.taken + 1, setting.taken + AFTER)
-        return alike(_joined(list(numbers(state))), _joined(before))
+        for key, entry in before.items():
+            parts = entry if isinstance(entry, dict) else {}
+            names = [n for n in parts if not _same(state[key].get(n), parts[n])]
+            if names or not _same(state[key], entry):
+                what = f"{names[0]!r} of " if names else ""
+                raise Apart(f"a step writes to {what}state {key} of the file", "a copy of it")
+        return holds()
 
     def equal_groups(self, setting: Setting) -> Sides:
         """A parameter in a group of its own with the same options takes the same steps."""
@@ -211,8 +218,10 @@ def _poison(value: float) -> Callable[[Run], None]:
     return change
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return torch.cat([torch.zeros(0).double(), *parts])
+def _same(a: Any, b: Any) -> bool:
+    """Whether all numbers are equal."""
+    one, other = (torch.cat([torch.zeros(0).double(), *numbers(part)]) for part in (a, b))
+    return torch.equal(one, other)
 
 
 def _within(

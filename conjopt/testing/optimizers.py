@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Callable, Collection
 from typing import Any
@@ -12,18 +13,18 @@ import torch
 from torch.optim import Optimizer
 
 from conjopt.optim import ConjSGD
+from conjopt.testing.optimizer_calls import stepped
 from conjopt.testing.optimizer_contract import Contract, Sides
 from conjopt.testing.optimizer_runs import (
     NAMES,
     MakeOptimizer,
-    Run,
     Setting,
     needs_closure,
     settings,
 )
 from conjopt.testing.optimizer_theory import Theory, largest_tau
 from conjopt.testing.report import Report, Statement, Violation, ViolationError
-from conjopt.testing.searching import smallest
+from conjopt.testing.searching import at_least, smallest
 
 __all__ = ["OptimizerReport", "check_optimizer"]
 
@@ -104,8 +105,10 @@ def check_optimizer(
 
     Raises:
         TypeError: if ``make_optimizer`` cannot be called with a model and a loss, or returns no
-            optimizer.
-        ValueError: for a name that is of no statement, and an optimizer of other parameters.
+            optimizer; and for arguments of another type.
+        ValueError: for a name that is of no statement, numbers out of range, and an optimizer of
+            other parameters, such as one that is returned again.
+        RuntimeError: if one of its first steps raises.
         ViolationError: listing every promised statement that does not hold, with both sides and the
             smallest counterexample found.
 
@@ -135,7 +138,9 @@ def _checked(
     leave_out: Collection[str],
     max_examples: int,
 ) -> OptimizerReport:
-    optimizer = _one(make_optimizer)
+    at_least("check_optimizer", "max_examples", max_examples, 1)
+    _check_tau(tau)
+    optimizer = stepped(make_optimizer)
     contract, theory = Contract(make_optimizer), Theory(make_optimizer, _tau(optimizer, tau))
     named = {**contract.all(), **theory.on_runs(), **theory.on_linear_models()}
     for argument, names in (("promises", promises), ("leave_out", leave_out)):
@@ -172,9 +177,13 @@ def _checked(
     return OptimizerReport(subject, tuple(hold), left_out, tuple(not_promised))
 
 
-def _one(make_optimizer: Any) -> Optimizer:
-    """An optimizer to ask for its kind."""
-    return Run(Setting("deep", "CrossEntropyLoss", 1.0, 2, 0, 0), make_optimizer).optimizer
+def _check_tau(tau: Any) -> None:
+    if tau is None:
+        return
+    if isinstance(tau, bool) or not isinstance(tau, int | float):
+        raise TypeError(f"check_optimizer: tau={tau!r}, expected a number or None")
+    if not 0 <= tau < math.inf:
+        raise ValueError(f"check_optimizer: tau={tau}, expected a finite number of at least 0")
 
 
 def _tau(optimizer: Optimizer, given: float | None) -> float:

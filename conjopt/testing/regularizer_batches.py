@@ -12,11 +12,21 @@ from torch.nn.functional import one_hot
 
 from conjopt.potentials import Logistic, Poisson, Potential
 
-__all__ = ["KINDS", "NAMES", "batch", "batches"]
+__all__ = ["KINDS", "NAMES", "batch", "batches", "one_of_each"]
 
 NAMES = ("kind", "samples", "outputs", "seed")
-KINDS = ("random", "one class", "equal outputs", "large", "small")
+KINDS = ("random", "one class", "equal outputs", "large", "small", "zero", "equal classes")
 SCALES = {"large": 1e6, "small": 1e-6}
+
+
+def one_of_each(kinds: Sequence[str], k: int | None) -> list[tuple[Any, ...]]:
+    """The smallest batch of two samples of each kind, in the order of `NAMES`.
+
+    Args:
+        kinds: of `KINDS`.
+        k: number of outputs; None for 2.
+    """
+    return [(kind, 2, 2 if k is None else k, 0) for kind in kinds]
 
 
 @st.composite
@@ -57,6 +67,10 @@ def batch(
         labels, noise = labels[:1].expand(samples).clone(), noise[:1].expand(samples, -1).clone()
     if kind == "equal outputs":
         f = f[:1].expand(samples, -1).clone()
+    if kind == "equal classes":
+        f = f[:, :1].expand(-1, outputs).clone()
+    if kind == "zero":  # what a head that starts at zero gives
+        f = torch.zeros_like(f)
     if potential.on_simplex:
         return f, labels
     if isinstance(potential, Logistic):

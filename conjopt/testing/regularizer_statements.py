@@ -15,9 +15,10 @@ from torch.nn.functional import one_hot
 from conjopt.potentials import Potential
 from conjopt.regularizers import Regularizer
 from conjopt.regularizers.queue import Queue
-from conjopt.testing.optimizer_contract import Sides, alike, both
+from conjopt.testing.optimizer_contract import Sides, alike, both, comparable
 from conjopt.testing.optimizer_runs import numbers
 from conjopt.testing.regularizer_batches import KINDS, batch
+from conjopt.testing.searching import Apart
 
 __all__ = ["OnTerms", "Traits"]
 
@@ -153,8 +154,8 @@ class OnTerms:
         """Of a call, by a fresh copy."""
         value = (self.fresh() if term is None else term)(f, y)
         if not isinstance(value, Tensor) or value.shape != ():
-            what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise AssertionError(f"the value is of shape {what}, expected a scalar tensor")
+            a = f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else None
+            raise Apart(f"a {a or type(value).__name__}", "a scalar tensor of shape ()")
         return value
 
     def with_gradient(
@@ -177,11 +178,11 @@ class OnTerms:
 
     def scalar(self, *parts: Any) -> Sides:
         """Of shape (), and neither NaN nor infinite."""
-        return _none(~self.value(*self.batch(*parts)).isfinite())
+        return _finite("the value", self.value(*self.batch(*parts)))
 
     def finite_gradient(self, *parts: Any) -> Sides:
         """No entry of the gradient by the outputs is NaN or infinite."""
-        return _none(~self.with_gradient(*self.batch(*parts))[1].isfinite())
+        return _finite("the gradient", self.with_gradient(*self.batch(*parts))[1])
 
     def derivative(self, *parts: Any) -> Sides:
         """Along a random direction, by central differences of two lengths."""
@@ -199,12 +200,13 @@ class OnTerms:
     def narrow(self, *parts: Any) -> Sides:
         """With outputs, and the term's own tensors, in float32 and in bfloat16."""
         f, y = self.batch(*parts)
-        bad = []
+        all_sides = []
         for dtype in (torch.float32, torch.bfloat16):
             targets = y.to(dtype) if y.is_floating_point() else y
             value, gradient = self.with_gradient(f.to(dtype), targets, self.fresh(dtype))
-            bad += [~value.isfinite()[None], ~gradient.isfinite().flatten()]
-        return _none(torch.cat(bad))
+            all_sides.append(_finite(f"the value in {dtype}", value))
+            all_sides.append(_finite(f"the gradient in {dtype}", gradient))
+        return both(*all_sides)
 
     def single(self, *parts: Any) -> Sides:
         """To 1e-4 of it."""
@@ -357,6 +359,7 @@ class OnTerms:
 
 def _close(a: Tensor, b: Tensor, relative: float = 1e-9) -> Sides:
     a, b = a.flatten(), b.flatten()
+    comparable(a, b)
     size = torch.full_like(b, relative) * (1 + b.abs().max())
     return a, b, size, "="
 
@@ -366,10 +369,15 @@ def _accuracy(kind: str) -> float:
     return 1e-4 if kind == "large" else 1e-9
 
 
-def _none(bad: Tensor) -> Sides:
-    """That no entry is true."""
-    found = bad.double().sum()[None]
-    return found, torch.zeros_like(found), torch.zeros_like(found), "="
+def _finite(what: str, found: Tensor) -> Sides:
+    """That no entry is NaN or infinite."""
+    bad = found.detach().flatten()
+    bad = bad[~bad.isfinite()]
+    if len(bad):
+        some = f"{len(bad)} of {found.numel()} entries of {what} are like {float(bad[0])}"
+        raise Apart(f"{what} is {float(bad[0])}" if found.ndim == 0 else some, "finite numbers")
+    nothing = torch.zeros(1)
+    return nothing, nothing, nothing, "="
 
 
 def _flat(y: Tensor) -> Tensor:

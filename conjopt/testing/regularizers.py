@@ -11,10 +11,11 @@ from torch import nn
 
 from conjopt.potentials import Poisson, Potential, Softmax, Squared
 from conjopt.regularizers import ConditionalEntropy, PredictiveEntropy, Regularizer
-from conjopt.testing.regularizer_batches import NAMES, batches
+from conjopt.testing.regularizer_batches import NAMES, batches, one_of_each
+from conjopt.testing.regularizer_calls import call_once
 from conjopt.testing.regularizer_statements import OnTerms, Traits
 from conjopt.testing.report import Report, Statement, Violation, ViolationError
-from conjopt.testing.searching import smallest
+from conjopt.testing.searching import at_least, smallest
 
 __all__ = ["check_regularizer"]
 
@@ -40,10 +41,10 @@ def check_regularizer(
     """Check that a term of the loss has the invariances, values and gradients that it should.
 
     In float64, on batches of random outputs and on degenerate ones (one sample, one class, equal
-    outputs, outputs of 1e6 and 1e-6): the value is a finite scalar and so is its gradient, which is
-    its derivative (by differences); the order of samples does not matter; equal calls are equal,
-    and change neither the batch nor, in evaluation mode, the term; a run that goes on from
-    ``state_dict`` equals the unbroken one; and what the term has of the following.
+    outputs, equal classes, outputs of 1e6, 1e-6 and 0): the value is a finite scalar and so is its
+    gradient, which is its derivative (by differences); the order of samples does not matter; equal
+    calls are equal, and change neither the batch nor, in evaluation mode, the term; a run that goes
+    on from ``state_dict`` equals the unbroken one; and what the term has of the following.
 
     The term is copied for every look, its queue emptied, and left as it is.
 
@@ -75,9 +76,12 @@ def check_regularizer(
         a report of the statements that hold, with those that do not apply and why.
 
     Raises:
-        TypeError: if the term is no module.
-        ValueError: if a part of it is random or couples samples by itself, such as dropout or batch
-            norm in training mode; for switches out of range and names of no statement.
+        TypeError: if the term is no module, cannot be called with outputs and targets, or returns
+            no tensor; and for switches of another type.
+        RuntimeError: if a plain call of it, or the backward pass, raises.
+        ValueError: if its value is not of shape (); if a part is random or couples samples by
+            itself, such as dropout or batch norm in training mode; for switches out of range and
+            names of no statement.
         ViolationError: listing every statement that does not hold, with both sides and the smallest
             counterexample found.
 
@@ -91,7 +95,11 @@ def check_regularizer(
         (True, {})
     """
     _refuse(term)
+    at_least("check_regularizer", "max_examples", max_examples, 1)
+    if k is not None:
+        at_least("check_regularizer", "k", k, 2, "outputs")
     ours = term if isinstance(term, Regularizer) else None
+    named_targets = ours is not None or potential is not None
     if potential is None:
         potential = Softmax() if ours is None else ours.potential
     if not isinstance(potential, Potential):
@@ -112,11 +120,10 @@ def check_regularizer(
         raise ValueError(
             f"check_regularizer: shift={traits.shift!r}, expected 'each', 'all' or None"
         )
-    if k is not None and k < 2:
-        raise ValueError(f"check_regularizer: k={k}, expected at least 2 outputs")
     if traits.sign not in (1, -1, None):
         raise ValueError(f"check_regularizer: sign={traits.sign!r}, expected 1, -1 or None")
-    named, left_out = OnTerms(term, potential, traits).all()
+    on_terms = OnTerms(term, potential, traits)
+    named, left_out = on_terms.all()
     every = {*named, *left_out}
     if isinstance(leave_out, str) or not set(leave_out) <= every:
         raise ValueError(
@@ -126,11 +133,18 @@ def check_regularizer(
     for name in leave_out:
         if named.pop(name, None) is not None:
             left_out[name] = "as you said"
+    call_once(on_terms, range(2, 5) if k is None else [k], named_targets)
     violations: list[Violation] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, (sides, kinds) in named.items():
-            found = smallest(Statement(name, sides), batches(kinds, k), NAMES, max_examples)
+            found = smallest(
+                Statement(name, sides),
+                batches(kinds, k),
+                NAMES,
+                max_examples,
+                one_of_each(kinds, k),  # a few that are drawn miss a kind
+            )
             if found is not None:
                 violations.append(found)
     subject = type(term).__name__

@@ -11,7 +11,41 @@ from hypothesis import strategies as st
 
 from conjopt.testing.report import PHASES, Statement, Violation
 
-__all__ = ["smallest"]
+__all__ = ["Apart", "at_least", "smallest"]
+
+
+class Apart(AssertionError):
+    """A statement that does not hold, with both sides in words.
+
+    Args:
+        left: what was found.
+        right: what was expected.
+    """
+
+    def __init__(self, left: str, right: str) -> None:
+        super().__init__(f"{left}, expected {right}")
+        self.left, self.right = left, right
+
+
+def at_least(check: str, name: str, value: Any, least: int, of: str = "") -> None:
+    """Refuse an argument that is no whole number, or too small.
+
+    Args:
+        check: that it is an argument of.
+        name: of the argument.
+        value: that was given.
+        least: that it may be.
+        of: what it counts.
+
+    Raises:
+        TypeError: if it is no whole number.
+        ValueError: if it is less.
+    """
+    expected = f"expected a whole number of at least {least}{of and f' {of}'}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{check}: {name}={value!r}, {expected}")
+    if value < least:
+        raise ValueError(f"{check}: {name}={value}, {expected}")
 
 
 def smallest(
@@ -19,6 +53,7 @@ def smallest(
     examples: st.SearchStrategy[tuple[Any, ...]],
     names: Sequence[str],
     max_examples: int,
+    given: Sequence[tuple[Any, ...]] = (),
 ) -> Violation | None:
     """Look for an example that contradicts a statement, and for smaller ones; None without any.
 
@@ -29,6 +64,7 @@ def smallest(
         examples: a strategy of numbers and names.
         names: of the parts of an example.
         max_examples: to draw.
+        given: examples that are looked at where none that was drawn contradicts.
     """
     broken: list[tuple[Any, ...]] = []
 
@@ -36,6 +72,8 @@ def smallest(
         torch.manual_seed(0)
         try:
             return statement.violated(*parts)
+        except Apart as error:
+            return error.left, error.right
         except Exception as error:
             return f"{type(error).__name__}: {error}", "no error"
 
@@ -52,7 +90,9 @@ def smallest(
         try:
             parts = hypothesis.find(examples, contradicts, settings=options)
         except hypothesis.errors.NoSuchExample:
-            return None
+            parts = next((parts for parts in given if contradicts(parts)), ())
+            if not parts:
+                return None
         except hypothesis.errors.Flaky:
             parts = broken[-1]
         found = sides(parts)
