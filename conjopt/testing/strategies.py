@@ -127,7 +127,8 @@ def losses(
         k: number of outputs, for weights; None leaves them out.
         smooth: only those whose link has a Lipschitz constant.
         one_term: only those with one term for each sample whose outputs are ``(m, k)``, as
-            `conjopt.bounds.risk_sandwich` needs: without weights of elements.
+            `conjopt.bounds.risk_sandwich` needs: without weights of elements, one for each of k,
+            which do not fit outputs of tokens.
         kinds: names of losses in ``torch.nn`` and `conjopt.losses`; None for all.
 
     Example:
