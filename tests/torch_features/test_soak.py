@@ -5,6 +5,7 @@ Memory is looked at whenever a checkpoint was taken up, so that the same things 
 
 import gc
 import io
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -186,7 +187,10 @@ def check(found: dict[str, Any], steps: int) -> None:
     assert grown["tensors"] <= 0, settled
     # The sampler keeps the changes of its size, a few objects each.
     assert grown["objects"] <= 50 + 8 * found["changes"], settled
-    assert grown.get("kib", 0) < 2048, settled
+    # A leak grows in every stretch; once in a while the allocator takes some memory more.
+    sizes = [alive.get("kib", 0) for alive in settled]
+    jumps = [b - a for a, b in itertools.pairwise(sizes)]
+    assert sizes[-1] - sizes[0] - max(jumps) < 2048, settled
 
 
 MEASURING = ["spectral", "sgd"]
