@@ -228,26 +228,10 @@ class Recorder(TorchFunctionMode):
     ) -> tuple[list[Samples | None], dict[int, Samples | None], bool]:
         """Follow the samples as in an earlier call of this kind, or anew."""
         order = {i: number for number, i in enumerate(given)}
-
-        def kind(value: Any) -> Any:
-            if type(value) in _SIMPLE:
-                return type(value), value
-            if isinstance(value, Tensor):
-                i = id(value)
-                repeats = self._repeated[i][1] if i in self._repeated else None
-                known = (where[i], i in self._weights, repeats, value.requires_grad)
-                return order[i], value.shape, value.dtype, known
-            if isinstance(value, tuple | list):
-                return tuple(kind(item) for item in value)
-            if isinstance(value, dict):
-                return tuple((name, kind(item)) for name, item in value.items())
-            if isinstance(value, slice):
-                return slice, kind((value.start, value.stop, value.step))
-            return type(value), value
-
-        given_as = tuple([kind(value) for value in args])
+        given_as = tuple([self._kind(value, order, where) for value in args])
+        named = self._kind(kwargs, order, where) if kwargs else None
         shapes = tuple([t.shape for t in results])
-        key = (function, self.samples, given_as, kind(kwargs) if kwargs else None, shapes)
+        key = (function, self.samples, given_as, named, shapes)
         try:
             known = _FOLLOWED.get(key)
         except TypeError:  # an argument that cannot be told from another
@@ -259,6 +243,24 @@ class Recorder(TorchFunctionMode):
             known = _FOLLOWED[key] = places, [at[i] for i in given], whole
         places, along, whole = known
         return places, dict(zip(given, along, strict=True)), whole
+
+    def _kind(self, value: Any, order: dict[int, int], where: dict[int, Samples | None]) -> Any:
+        """Return what of an argument decides where samples go, to look it up by."""
+        if type(value) in _SIMPLE:
+            return type(value), value
+        if isinstance(value, Tensor):
+            i = id(value)
+            repeats = self._repeated[i][1] if i in self._repeated else None
+            known = (where[i], i in self._weights, repeats, value.requires_grad)
+            return order[i], value.shape, value.dtype, known
+        if isinstance(value, tuple | list):
+            return tuple([self._kind(item, order, where) for item in value])
+        if isinstance(value, dict):
+            return tuple([(name, self._kind(item, order, where)) for name, item in value.items()])
+        if isinstance(value, slice):
+            parts = (value.start, value.stop, value.step)
+            return slice, self._kind(parts, order, where)
+        return type(value), value
 
     def _follow(
         self,
