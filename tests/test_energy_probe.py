@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from types import FunctionType
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from conjopt.measure import EnergyProbe, MeasurementError, comparing, gradient_energy
+from conjopt.measure import EnergyProbe, MeasurementError, comparing, gradient_energy, live
 from conjopt.measure import per_sample_gradient_norms as norms_of
 from conjopt.measure.layers import rules
+from conjopt.measure.live import Live
 
 CRITERION = nn.CrossEntropyLoss()
 Y = torch.tensor([0, 1, 2, 1, 0, 2])
@@ -163,8 +165,74 @@ def test_forwards_without_a_backward_hold_nothing():
         del outputs
         gc.collect()
         assert hidden() is None
-    live = [item for item in gc.get_objects() if type(item).__name__ == "_Live"]
-    assert not live
+    assert not [item for item in gc.get_objects() if type(item) is Live]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", [*MODELS, "tied"])
+def test_a_step_leaves_nothing_of_its_own_for_the_collector(name, fused):
+    """Reference cycles would hold activations until Python looks for them, and make it look."""
+    model, x = make(name)
+    EnergyProbe(model, fused=fused)
+    for _ in range(2):  # the first of a kind checks
+        CRITERION(model(x), Y).backward()
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        CRITERION(model(x), Y).backward()
+        gc.collect()
+        left = [item for item in gc.garbage if type(item) in (FunctionType, Tensor, Live)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    torchs_own = ("torch.utils._pytree", "torch._functorch")  # closures that call themselves
+    assert not [
+        item for item in left if not getattr(item, "__module__", "").startswith(torchs_own)
+    ]
+
+
+def test_a_gradient_that_is_written_to_later_in_the_backward_was_measured_before():
+    """The gradients of a bias are those of the outputs themselves, so their norms can't wait."""
+    model, x = make("mlp")
+    probe = EnergyProbe(model)
+    CRITERION(model(x), Y).backward()
+    plain = probe.norms
+    head = norms_of(model[2], CRITERION, model[:2](x).detach(), Y)
+    # This hook runs after the probe's: what reaches the layers in front is twice as much.
+    model[2].register_forward_hook(lambda _, given, result: result.register_hook(double) and None)
+    CRITERION(model(x), Y).backward()
+    assert_close(probe.norms, (4 * plain.square() - 3 * head.square()).sqrt())
+
+
+def double(gradient: Tensor) -> None:
+    with torch.no_grad():
+        gradient.mul_(2)
+
+
+def test_norms_of_small_gradients_are_taken_together(monkeypatch):
+    """However many wait, and of whatever types, they all count."""
+    model = nn.Sequential(*[Scaled() for _ in range(9)], nn.Linear(4, 3)).double()
+    model[4].float()
+    model[5].float()
+    x = torch.randn(6, 4, dtype=torch.float64)
+    expected = norms_of(model, CRITERION, x, Y)
+    for many in (1, 2, 4, 64):
+        monkeypatch.setattr(live, "MANY", many)
+        probe = EnergyProbe(model)
+        CRITERION(model(x), Y).backward()
+        assert_close(probe.norms, expected.to(probe.norms.dtype), rtol=1e-6, atol=0)
+        probe.remove()
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x.to(self.weight.dtype) * self.weight).double()
 
 
 def test_a_removed_probe_stands_still():

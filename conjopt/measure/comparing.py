@@ -404,7 +404,9 @@ class Check:
     ) -> Iterator[tuple[str, Tensor]]:
         picked = torch.tensor(rows, device=root.device)
         for name, pieces in tape.pull([root], [[cotangent] for cotangent in cotangents]):
-            yield name, sample_gram([piece.select(picked) for piece in pieces])
+            with torch.no_grad():  # the inputs of layers have graphs
+                gram = sample_gram([piece.select(picked) for piece in pieces])
+            yield name, gram
 
     def _compare_structure(self, rows: list[int]) -> None:
         inputs = Arguments(*self._select(rows))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
 
 from conjopt.measure.layers.layout import Samples
-from conjopt.measure.layers.pieces import SLAB, Piece, norms_and_sum, squared_norms, sum_of
+from conjopt.measure.layers.pieces import SLAB, Dense, Piece, norms_and_sum, squared_norms, sum_of
 from conjopt.measure.layers.rules import pieces_of
 from conjopt.measure.layers.tape import constants_of, through
 from conjopt.measure.layers.uses import Recorder, Use
@@ -33,6 +34,7 @@ _CONVOLUTIONS = frozenset(
 )
 # They keep what they were given for the backward, so that it cannot run twice unless told to.
 _KEEPING = _CONVOLUTIONS | {F.linear}
+LITTLE, MANY = 2**16, 64  # bytes of gradients whose norms can wait, and how many may
 
 
 class Live(Recorder):
@@ -63,6 +65,7 @@ class Live(Recorder):
         self._stride, self._store, self._fused = min(stride, samples), store, fused
         self._counts: dict[int, int] = {}
         self._kept: dict[int, list[Piece]] = {}
+        self._little: list[Tensor] = []
         self._total: Tensor | None = None
         self._joints: dict[int, _Joint] = {}  # by the result
 
@@ -113,10 +116,15 @@ class Live(Recorder):
         places = [i for i, t in enumerate(results) if t.requires_grad]
         if len(live) == 1:
             live[0].register_hook(lambda gradient: self._arrived(held, places, [gradient]))
-        else:
-            torch.autograd.graph.register_multi_grad_hook(
-                live, lambda gradients: self._arrived(held, places, gradients)
-            )
+            return
+        handles: list[RemovableHandle] = []
+
+        def arrived(gradients: Sequence[Tensor | None]) -> None:
+            self._arrived(held, places, gradients)
+            if not keeps_graph():
+                handles.pop().remove()  # these hooks and their nodes hold each other
+
+        handles.append(torch.autograd.graph.register_multi_grad_hook(live, arrived))
 
     def joined(self, use: Use, gradient: Tensor) -> dict[int, Tensor]:
         """Measure, and return the sums of the per-sample gradients by the `id` of the weight."""
@@ -139,11 +147,12 @@ class Live(Recorder):
         cotangents: Sequence[Tensor | None],
         sums: dict[int, Tensor] | None = None,
     ) -> None:
-        if self._total is None and not self._kept:
+        if self._total is None and not self._kept and not self._little:
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         parts: list[Tensor] = []
         with torch.no_grad():
-            for rows in self._ranges(use):
+            ranges = self._ranges(use)
+            for rows in ranges:
                 part, mine = use.take(rows, cotangents)
                 squares: Tensor | None = None
                 found = pieces_of(part, [None if c is None else c[None] for c in mine])
@@ -152,6 +161,8 @@ class Live(Recorder):
                         self._keep(weight, piece)
                         own, total = None, None if sums is None else sum_of(piece)
                     elif sums is None:
+                        if len(ranges) == 1 and self._put_by(piece, mine):
+                            continue
                         own, total = squared_norms([piece]), None
                     else:
                         own, total = norms_and_sum(piece)
@@ -166,19 +177,44 @@ class Live(Recorder):
             if parts:
                 self._count(parts[0] if len(parts) == 1 else torch.cat(parts))
 
-    def _ranges(self, use: Use) -> Iterator[slice]:
-        """Yield ranges of the samples to measure at a time, to hold few gradients at once."""
+    def _put_by(self, piece: Piece, cotangents: Sequence[Tensor | None]) -> bool:
+        """Keep a piece, if it is small, to take the norms of many of them in one call."""
+        if not isinstance(piece, Dense):
+            return False
+        storage = piece.gradients.untyped_storage()
+        if storage.nbytes() > LITTLE or any(
+            c is not None and c.untyped_storage().data_ptr() == storage.data_ptr()
+            for c in cotangents  # those may be written to before the backward is over
+        ):
+            return False
+        self._little.append(piece.gradients[0].flatten(1))
+        if len(self._little) == MANY:
+            self._count_little()
+        return True
+
+    def _count_little(self) -> None:
+        by_kind: dict[torch.dtype, list[Tensor]] = {}
+        for gradients in self._little:
+            by_kind.setdefault(gradients.dtype, []).append(gradients)
+        self._little = []
+        for same in by_kind.values():
+            self._count(torch.linalg.vector_norm(torch.cat(same, 1), dim=1).square())
+
+    def _ranges(self, use: Use) -> list[slice]:
+        """Return ranges of the samples to measure at a time, to hold few gradients at once."""
         rows = -(-self.samples // self._stride)
         few = rows
         if use.function in _CONVOLUTIONS and not use.whole and all(map(self._alone, use.weights)):
             few = max(1, SLAB // max(1, *(weight.numel() for weight in use.weights)))
             few = math.ceil(rows / math.ceil(rows / few))  # equal parts
         if few >= rows:
-            yield slice(None, None, self._stride)
-            return
-        for start in range(0, rows, few):
-            stop = min((start + few) * self._stride, self.samples)
-            yield slice(start * self._stride, stop, self._stride)
+            return [slice(None, None, self._stride)]
+        return [
+            slice(
+                start * self._stride, min((start + few) * self._stride, self.samples), self._stride
+            )
+            for start in range(0, rows, few)
+        ]
 
     def _alone(self, weight: Tensor) -> bool:
         """Whether no other use adds to a weight's gradients."""
@@ -205,6 +241,7 @@ class Live(Recorder):
         with torch.no_grad():
             for pieces in self._kept.values():
                 self._count(squared_norms(pieces))
+            self._count_little()
         if self._total is not None:
             self._store(self.samples * self._total.sqrt())
         self._total, self._kept = None, {}

@@ -99,6 +99,8 @@ def places(use: Use, tensor: Tensor, at: Samples | None, lead: int = 0) -> Tenso
     """Arrange a tensor as `(*lead, m, t, channels)`: samples, places, and its last dimension."""
     if at is None or at is LOST or at.dim >= tensor.ndim - lead - 1:
         return None
+    if at == (0, 1) and tensor.shape[lead] == use.samples and tensor.ndim - lead < 4:
+        return tensor if tensor.ndim - lead == 3 else tensor.unsqueeze(-2)
     return at.split(tensor, use.samples, lead).flatten(lead + 1, -2)
 
 

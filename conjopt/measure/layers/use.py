@@ -98,17 +98,17 @@ class Use:
             return dataclasses.replace(self, stride=chosen.step), list(cotangents)
         where: dict[int, Samples | None] = {}
         few = len(chosen)
-        fewer = dataclasses.replace(
-            self,
+        fewer = Use(
+            function=self.function,
             args=self._part(self.args, rows, where),
             kwargs={name: self._part(a, rows, where) for name, a in self.kwargs.items()},
+            weights=self.weights,
+            edges=self.edges,
             shapes=[
-                torch.Size(
-                    size // self.samples * few if at and i == at.dim else size
-                    for i, size in enumerate(shape)
-                )
+                at.shape(shape, self.samples, few) if at else shape
                 for shape, at in zip(self.shapes, self.places, strict=True)
             ],
+            places=self.places,
             samples=few,
             versions=[],
             where=where,
