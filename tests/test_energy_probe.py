@@ -188,9 +188,7 @@ def test_a_step_leaves_nothing_of_its_own_for_the_collector(name, fused):
         gc.garbage.clear()
         gc.enable()
     torchs_own = ("torch.utils._pytree", "torch._functorch")  # closures that call themselves
-    assert not [
-        item for item in left if not getattr(item, "__module__", "").startswith(torchs_own)
-    ]
+    assert not [item for item in left if not getattr(item, "__module__", "").startswith(torchs_own)]
 
 
 def test_a_gradient_that_is_written_to_later_in_the_backward_was_measured_before():
