@@ -377,7 +377,7 @@ def test_the_sentences_of_a_run():
     records.append({"step": 5, "test_loss": 0.5})  # what a loop records beside it hides nothing
     assert sentences(of(records)) == [
         "6 records, steps 1 to 5.",
-        "Loss 0.2 at step 5, -0.05 above the data floor.",
+        "Loss 0.2 at step 5, 0.05 below the data floor.",
         "2 steps were skipped: something was not finite.",
         "The step size is 0.1, set by trust region. "
         "Over the records: edge 60 %, trust region 40 %.",

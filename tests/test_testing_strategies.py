@@ -1,5 +1,7 @@
 """The strategies of `conjopt.testing`: what they promise and shrink to, and guarantees on them."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import find, given, settings
@@ -11,7 +13,7 @@ from conjopt.entropy import conditional_entropy, information_loss, risk_decompos
 from conjopt.losses import FenchelYoungLoss, potential_of
 from conjopt.measure import extreme_eigenvalues, per_sample_gradient_norms, structure_matrix
 from conjopt.potentials import Potential, Softmax
-from conjopt.testing import Batch, Network, batches, discrete_laws, losses, networks
+from conjopt.testing import Batch, Network, batches, discrete_laws, losses, networks, outputs
 from conjopt.testing.networks import KINDS
 from conjopt.testing.strategies import _LOSSES
 
@@ -186,3 +188,25 @@ def test_a_potential_of_ones_own():
     fits()
     with pytest.raises(ValueError, match=r"the shape \(4,\) of inputs, which needs outputs="):
         find(batches((4,), loss), lambda batch: True)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "named"),
+    [
+        (outputs(k=0), "k=0"),
+        (outputs(largest=1e-4), "largest=0.0001"),
+        (outputs(largest=float("nan")), "largest=nan"),
+        (losses(k=0), "k=0"),
+        (losses(kinds=()), "CrossEntropyLoss"),
+        (losses(kinds=("L1Loss",)), "L1Loss"),
+        (losses(kinds=("PoissonLoss",), smooth=True), "Poisson"),
+        (batches((3,), nn.CrossEntropyLoss(), outputs=(2,), max_samples=0), "max_samples=0"),
+        (batches((3,), nn.CrossEntropyLoss()), "outputs="),
+        (discrete_laws(k=0), "k=0"),
+        (discrete_laws(max_atoms=0), "max_atoms=0"),
+        (networks(k=0), "k=0"),
+    ],
+)
+def test_options_out_of_range_are_refused(strategy, named):
+    with pytest.raises(ValueError, match=re.escape(named)):
+        find(strategy, lambda _: True)

@@ -140,7 +140,8 @@ def _of_loss(run: Run, key: str) -> str:
     above, of_floor = "", run.series.get("data_floor")
     floor = of_floor.last[1] if of_floor is not None and of_floor.last is not None else 0.0
     if key == "loss" and floor and math.isfinite(floor):
-        above = f", {value - floor:.4g} above the data floor"
+        side = "above" if value >= floor else "below"
+        above = f", {abs(value - floor):.4g} {side} the data floor"
     return f"{name} {_told(series)} {at}{above}."
 
 

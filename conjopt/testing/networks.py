@@ -46,7 +46,7 @@ class Network(nn.Module):
         outputs: shape of one sample of its outputs.
 
     Raises:
-        ValueError: for a kind or a norm that there is not.
+        ValueError: for a kind or a norm that there is not, or a number below 1.
 
     Example:
         >>> network = Network("mlp", k=2, width=3, activation="Tanh", seed=1)
@@ -76,6 +76,10 @@ class Network(nn.Module):
             raise ValueError(f"Network: got kind={kind!r}, expected one of {', '.join(KINDS)}")
         if norm not in NORMS:
             raise ValueError(f"Network: got norm={norm!r}, expected one of {', '.join(NORMS)}")
+        counts = {"k": k, "width": width, "depth": depth, "stride": stride, "groups": groups}
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"Network: got {name}={count}, expected 1 or more")
         super().__init__()
         given = {"k": k, "width": width, "depth": depth, "activation": activation, "norm": norm}
         given |= {"bias": bias, "stride": stride, "padding": padding, "groups": groups}

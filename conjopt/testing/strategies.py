@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 ROWS = 2  # of every drawn tensor
+SCALES = (1.0, 1e-3, 30.0, 300.0)  # of outputs, the simplest first
 
 
 def potentials(*, smooth: bool = False) -> st.SearchStrategy[Potential]:
@@ -56,7 +57,10 @@ def outputs(draw: st.DrawFn, *, k: int | None = None, largest: float = 300.0) ->
     Args:
         draw: given by hypothesis.
         k: number of outputs; None for 1 to 12.
-        largest: of their sizes.
+        largest: of their sizes, from 0.001.
+
+    Raises:
+        ValueError: when drawn from, for options out of range.
 
     Example:
         >>> from hypothesis import given
@@ -65,8 +69,11 @@ def outputs(draw: st.DrawFn, *, k: int | None = None, largest: float = 300.0) ->
         ...     assert f.shape == (2, 3)
         >>> test()
     """
+    _check("outputs", "k", k)
+    if not largest >= min(SCALES):
+        raise ValueError(f"outputs: got largest={largest}, expected {min(SCALES)} or more")
     width = draw(st.integers(1, 12)) if k is None else k
-    scale = draw(st.sampled_from([s for s in (1.0, 1e-3, 30.0, 300.0) if s <= largest]))
+    scale = draw(st.sampled_from([s for s in SCALES if s <= largest]))
     unit = st.floats(-1, 1, width=32)
     rows = draw(st.lists(unit, min_size=ROWS * width, max_size=ROWS * width))
     return scale * torch.tensor(rows, dtype=torch.float64).reshape(ROWS, width)
@@ -131,6 +138,9 @@ def losses(
             which do not fit outputs of tokens.
         kinds: names of losses in ``torch.nn`` and `conjopt.losses`; None for all.
 
+    Raises:
+        ValueError: when drawn from, for options out of range, or if no loss is left.
+
     Example:
         >>> from hypothesis import given
         >>> @given(losses(k=3, smooth=True))
@@ -138,7 +148,14 @@ def losses(
         ...     assert potential_of(loss).potential.smoothness is not None
         >>> test()
     """
+    _check("losses", "k", k)
+    unknown = [name for name in kinds or () if name not in _LOSSES]
     names = [n for n in (_LOSSES if kinds is None else kinds) if not (smooth and "Poisson" in n)]
+    if unknown or not names:
+        raise ValueError(
+            f"losses: got kinds={kinds}, smooth={smooth}; expected some of {', '.join(_LOSSES)}, not "
+            "those of Poisson alone where the link is to be smooth"
+        )
     name = draw(st.sampled_from(names))
     kind = getattr(nn, name, None) or getattr(fenchel_young, name)
     # All of them for every loss: what needs fewer choices counts as simpler.
@@ -215,7 +232,7 @@ def batches(
         max_samples: of a batch.
 
     Raises:
-        ValueError: for a shape without that of the outputs.
+        ValueError: when drawn from, for a shape without that of the outputs, or no samples.
 
     Example:
         >>> from hypothesis import given
@@ -226,6 +243,7 @@ def batches(
         ...     assert bool(loss(network(batch.inputs), batch.targets).isfinite())
         >>> test()
     """
+    _check("batches", "max_samples", max_samples)
     if outputs is None:
         if not isinstance(network, Network):
             raise ValueError(
@@ -251,6 +269,11 @@ def batches(
     found = torch.randn(m, *outputs, generator=generator, dtype=torch.float64)
     how = draw(st.sampled_from(["alike", "hard", "ignored", "soft"]))
     return Batch(inputs, fitting_targets(view, found, how, generator))
+
+
+def _check(owner: str, name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ValueError(f"{owner}: got {name}={value}, expected 1 or more")
 
 
 def takes_probabilities(view: PotentialOf) -> bool:
@@ -346,6 +369,9 @@ def discrete_laws(
         k: of the targets; None for 1 to 4.
         max_atoms: of a law.
 
+    Raises:
+        ValueError: when drawn from, for options out of range.
+
     Example:
         >>> from hypothesis import given
         >>> from conjopt.entropy import conditional_entropy, generalized_entropy
@@ -358,6 +384,8 @@ def discrete_laws(
         ...     assert part <= whole + 1e-12
         >>> test()
     """
+    _check("discrete_laws", "k", k)
+    _check("discrete_laws", "max_atoms", max_atoms)
     of = draw(potentials()) if potential is None else potential
     width = draw(st.integers(1, 4)) if k is None else k
     n = draw(st.integers(1, max_atoms))
