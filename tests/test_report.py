@@ -634,6 +634,16 @@ def test_a_line_does_not_run_on_over_what_is_no_number():
     assert "not a number: loss of the batch in 1 record<" in page
 
 
+def test_a_number_between_two_that_are_none_has_a_dot():
+    losses = [1.0] * 50 + [math.nan, 7.0, math.nan] + [1.0] * 50 + [math.nan, 5.0]
+    records = [{"step": i, "loss": v} for i, v in enumerate(losses)]
+    (axes,) = plot(records).axes
+    dots = next(line for line in axes.lines if line.get_marker() == ".")
+    assert (dots.get_xdata().tolist(), dots.get_ydata().tolist()) == ([51, 104], [7, 5])
+    page = page_module.page(of(records), "run").split('id="loss"')[1].split("</section>")[0]
+    assert len(re.findall("<circle", page)) == 2
+
+
 def test_an_axis_without_a_number_has_no_ticks():
     records = [{"step": i, "loss": math.nan} for i in range(3)]
     (axes,) = plot(records).axes

@@ -125,15 +125,17 @@ def _lines(axis: Axes, chart: Chart) -> None:
             style |= {"linestyle": LINE_STYLES[line.style % len(LINE_STYLES)]}
         if line.limits:
             style |= {"color": "0.35", "linewidth": 0.9}
-        marker = "." if x.size == 1 else ""
         gaps = line.series.gaps(x)  # matplotlib's lines end at a NaN
         axis.plot(
             np.insert(x, gaps, x[gaps]),
             np.insert(y, gaps, np.nan),
             label=told,
-            marker=marker,
             **style,
         )
+        alone = line.series.alone(x)
+        alone = alone[:: max(1, math.ceil(alone.size / MARKS))]
+        if alone.size:  # no line goes through them
+            axis.plot(x[alone], y[alone], ".", color=style["color"], label="_nolegend_")
         for limit, by in enumerate(line.limits):
             mine = np.flatnonzero(code == limit)
             mine = mine[:: max(1, math.ceil(mine.size / MARKS))]

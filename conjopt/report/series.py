@@ -140,6 +140,26 @@ class Series:
         between = np.searchsorted(holes, x[1:]) > np.searchsorted(holes, x[:-1])
         return np.flatnonzero(between) + 1
 
+    def alone(self, x: Numbers) -> NDArray[np.intp]:
+        """Which places have a gap, or nothing, on both sides, so that no line goes through them.
+
+        Args:
+            x: (p,) places, a part of `x`.
+
+        Returns:
+            their indices, ascending.
+
+        Example:
+            >>> series = Series()
+            >>> series.add(np.arange(4.0), np.array([1.0, 2.0, np.nan, 4.0]))
+            >>> series.alone(series.x)
+            array([2])
+        """
+        starts = np.zeros(x.size + 1, dtype=bool)
+        starts[[0, x.size]] = True
+        starts[self.gaps(x)] = True
+        return np.flatnonzero(starts[:-1] & starts[1:])
+
 
 def thinned(index: Numbers, y: Numbers, points: int) -> NDArray[np.intp]:
     """Which of many numbers to keep: of each stretch the least, the greatest and the last.

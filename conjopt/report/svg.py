@@ -169,10 +169,12 @@ def _line(
     jump[series.gaps(x)] = True
     if not line.limits:
         drawn = [f'<path class="{_style(line)}" d="{_path(px, py, jump)}"/>']
-        if x.size <= FEW and line.style >= 0:
+        dots = np.arange(x.size) if x.size <= FEW else series.alone(x)
+        if line.style >= 0:
             drawn += [
-                f'<circle class="f{line.style % COLOURS}" cx="{a:.1f}" cy="{b:.1f}" r="2.4"/>'
-                for a, b in zip(px, py, strict=True)
+                f'<circle class="f{line.style % COLOURS}" cx="{px[i]:.1f}" cy="{py[i]:.1f}" '
+                'r="2.4"/>'
+                for i in dots[:: max(1, math.ceil(dots.size / FEW))]
             ]
         return drawn
     drawn = []

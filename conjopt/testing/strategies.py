@@ -153,8 +153,8 @@ def losses(
     names = [n for n in (_LOSSES if kinds is None else kinds) if not (smooth and "Poisson" in n)]
     if unknown or not names:
         raise ValueError(
-            f"losses: got kinds={kinds}, smooth={smooth}; expected some of {', '.join(_LOSSES)}, not "
-            "those of Poisson alone where the link is to be smooth"
+            f"losses: got kinds={kinds}, smooth={smooth}; expected some of {', '.join(_LOSSES)}, "
+            "not those of Poisson alone where the link is to be smooth"
         )
     name = draw(st.sampled_from(names))
     kind = getattr(nn, name, None) or getattr(fenchel_young, name)
