@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from conjopt import ConjSGD
 from conjopt.bounds import ConvergenceLedger
+from conjopt.optim import journal
 from conjopt.report import History
 from conjopt.report.digest import digest
 from conjopt.report.html import page
@@ -270,6 +271,15 @@ def test_what_is_no_history_is_refused(tmp_path):
         make(network(), history=tmp_path / "notes.txt")
     with pytest.raises(OSError, match=r"notes\.txt"):
         make(network(), history=tmp_path / "notes.txt" / "history.jsonl")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_several_processes_the_first_has_the_history(rank, monkeypatch, tmp_path):
+    monkeypatch.setattr(journal.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(journal.distributed, "get_rank", lambda group: rank)
+    path = tmp_path / "history.jsonl"
+    assert (journal.Journal(path, 1, 0).history is None) == (rank > 0)
+    assert path.exists() == (rank == 0)
 
 
 def on_a_rank(path):

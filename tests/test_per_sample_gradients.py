@@ -41,6 +41,7 @@ CONVOLUTIONS: dict[str, Callable[[], nn.Module]] = {
     "reflect": lambda: nn.Conv2d(4, 3, 3, padding=1, padding_mode="reflect"),
     "replicate": lambda: nn.Conv2d(4, 3, 3, padding=1, padding_mode="replicate"),
     "one by one": lambda: nn.Conv2d(4, 3, 1),
+    "one by one, padded, dilated": lambda: nn.Conv2d(4, 3, 1, 2, padding=(1, 2), dilation=2),
     "few places, many channels": lambda: nn.Conv2d(4, 16, 5, padding=0),
     "more stride than kernel": lambda: nn.Conv2d(4, 3, 1, stride=3),
     "rows left over": lambda: nn.Conv2d(4, 3, 2, stride=4),

@@ -70,8 +70,8 @@ class Blocks:
 
     @property
     def sharded(self) -> bool:
-        """Whether every process holds a shard of them."""
-        return is_sharded(self.parameters[0])
+        """Whether every process holds a shard of them, or of some."""
+        return any(is_sharded(parameter) for parameter in self.parameters)
 
     @property
     def ratios(self) -> list[float]:

@@ -183,15 +183,23 @@ class Reach:
 
 @lru_cache
 def _statements(path: str) -> list[tuple[int, int, int]]:
-    """First and last line of the statements, and the last one that is theirs alone."""
+    """First and last line of the statements, and the last one that is theirs alone.
+
+    Those of a class or a module run on import, in whichever test comes first: for them counts what
+    encloses them.
+    """
     found = []
-    for node in ast.walk(ast.parse(text(path))):
-        if not isinstance(node, ast.stmt):
+    tree = ast.parse(text(path))
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+    inside = {node for function in functions for node in ast.walk(function)}
+    for node in ast.walk(tree):
+        scope = isinstance(node, ast.FunctionDef | ast.ClassDef)
+        if not isinstance(node, ast.stmt) or not (scope or node in inside):
             continue
         first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
         body = getattr(node, "body", None)
         own = body[0].lineno - 1 if body else node.end_lineno
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if scope:
             own = node.end_lineno  # whose head runs on import: what runs in the body counts
         found.append((first, node.end_lineno, own))
     return found

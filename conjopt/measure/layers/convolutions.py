@@ -70,7 +70,8 @@ def _convolve(
         found.append(flat(bias, b.flatten(3).sum(-1)))
     if use.is_weight(weight):
         *rest, groups = options
-        if groups == 1 and not options[3] and _few_places(b, weight):
+        pointwise = math.prod(weight.shape[2:]) == 1 and weight.ndim < 5  # a linear layer
+        if groups == 1 and not options[3] and (pointwise or _few_places(b, weight)):
             unfolded = _unfold(x, weight, *options[:3])
             return [*found, (weight, Outer(b.flatten(3).mT.unsqueeze(2), unfolded[None, :, None]))]
         if len(b) > 1 and not options[3] and _one_product(b, weight, groups):
