@@ -142,8 +142,11 @@ class Reach:
                         self.width[test] += 1
 
     def _between(self, path: str, first: int, last: int) -> set[str]:
-        of_file = self.lines.get(path, {})
-        return set().union(*(tests for line, tests in of_file.items() if first <= line <= last))
+        """What runs in functions: the rest runs on import, in whichever test comes first."""
+        of_file, bodies = self.lines.get(path, {}), _bodies(path)
+        return set().union(
+            *(tests for n, tests in of_file.items() if first <= n <= last and n in bodies)
+        )
 
     def of_line(self, path: str, line: int) -> set[str]:
         """The tests that run the statement; what encloses it where that runs on import."""
@@ -182,24 +185,23 @@ class Reach:
 
 
 @lru_cache
-def _statements(path: str) -> list[tuple[int, int, int]]:
-    """First and last line of the statements, and the last one that is theirs alone.
+def _bodies(path: str) -> set[int]:
+    """The lines of the bodies of functions."""
+    functions = (n for n in ast.walk(ast.parse(text(path))) if isinstance(n, ast.FunctionDef))
+    return {n for f in functions for n in range(f.body[0].lineno, (f.end_lineno or 0) + 1)}
 
-    Those of a class or a module run on import, in whichever test comes first: for them counts what
-    encloses them.
-    """
+
+@lru_cache
+def _statements(path: str) -> list[tuple[int, int, int]]:
+    """First and last line of the statements, and the last one that is theirs alone."""
     found = []
-    tree = ast.parse(text(path))
-    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
-    inside = {node for function in functions for node in ast.walk(function)}
-    for node in ast.walk(tree):
-        scope = isinstance(node, ast.FunctionDef | ast.ClassDef)
-        if not isinstance(node, ast.stmt) or not (scope or node in inside):
+    for node in ast.walk(ast.parse(text(path))):
+        if not isinstance(node, ast.stmt):
             continue
         first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
         body = getattr(node, "body", None)
         own = body[0].lineno - 1 if body else node.end_lineno
-        if scope:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
             own = node.end_lineno  # whose head runs on import: what runs in the body counts
         found.append((first, node.end_lineno, own))
     return found
