@@ -373,6 +373,10 @@ def test_printed_drawn_and_as_a_dict(case, tmp_path, monkeypatch):
     assert found["factors"][0]["group"] == "information loss"
     figure = report.plot(tmp_path / "report.png")
     assert len(figure.axes) == 3
+    titles = {axes._left_title.get_fontsize() for axes in figure.axes}
+    texts = [text for axes in figure.axes for text in axes.get_yticklabels()]
+    assert len(titles) == 1  # they stand side by side, over smaller text
+    assert max(text.get_fontsize() for text in texts) < min(titles)
     assert (tmp_path / "report.png").stat().st_size > 20_000
     assert [p.name for p in tmp_path.iterdir()] == ["report.png"]
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
