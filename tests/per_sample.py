@@ -100,7 +100,10 @@ def every_other(tape: Tape, outputs: Tensor, residuals: Tensor) -> None:
         arriving = iter(
             torch.autograd.grad([outputs], edges, [residuals], retain_graph=True, allow_unused=True)
         )
-        cotangents = [None if edge is None else next(arriving) for edge in use.edges]
+        cotangents = [
+            None if edge is None or (g := next(arriving)) is None else g.reshape(shape)
+            for edge, shape in zip(use.edges, use.shapes, strict=True)
+        ]
         if all(cotangent is None for cotangent in cotangents):
             continue
         part, fewer = use.every(2, cotangents)

@@ -41,6 +41,23 @@ class Tied(nn.Module):
         return (h @ self.table.weight.t())[:, :3]
 
 
+class Written(nn.Module):
+    """Writes parameters to views of what layers returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv1d(3, 6, 1), nn.Linear(6, 4)
+        self.token, self.place = nn.Parameter(torch.ones(6)), nn.Parameter(torch.ones(6, 4))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.first(x).transpose(1, 2)
+        z[:, 0] = self.token
+        y = self.second(z)
+        y += self.place
+        return self.head(y.relu_()).mean(1)
+
+
 def attention() -> nn.Module:
     layer = nn.TransformerEncoderLayer(6, 2, 8, 0.0, batch_first=True)
     return nn.Sequential(layer, nn.Flatten(), nn.Linear(18, 3))
@@ -56,6 +73,7 @@ MODELS = {
         (2, 4, 4),
     ),
     "attention": (attention, (3, 6)),
+    "written": (Written, (3, 6)),
     "recurrent": (
         lambda: nn.Sequential(nn.LSTM(6, 4, batch_first=True), Last(), nn.Linear(4, 3)),
         (3, 6),
@@ -198,10 +216,24 @@ def test_a_gradient_that_is_written_to_later_in_the_backward_was_measured_before
     CRITERION(model(x), Y).backward()
     plain = probe.norms
     head = norms_of(model[2], CRITERION, model[:2](x).detach(), Y)
+
+    def hooked(module: nn.Module, given: object, result: Tensor) -> None:
+        result.grad_fn.register_prehook(lambda gradients: double(gradients[0]))
+
     # This hook runs after the probe's: what reaches the layers in front is twice as much.
-    model[2].register_forward_hook(lambda _, given, result: result.register_hook(double) and None)
+    model[2].register_forward_hook(hooked)
     CRITERION(model(x), Y).backward()
     assert_close(probe.norms, (4 * plain.square() - 3 * head.square()).sqrt())
+
+
+def test_hooks_that_change_a_gradient_are_before_the_probe():
+    model, x = make("mlp")
+    probe = EnergyProbe(model)
+    CRITERION(model(x), Y).backward()
+    plain = probe.norms
+    model[2].register_forward_hook(lambda _, given, result: result.register_hook(double) and None)
+    CRITERION(model(x), Y).backward()
+    assert_close(probe.norms, 2 * plain)
 
 
 def double(gradient: Tensor) -> None:

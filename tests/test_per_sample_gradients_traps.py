@@ -603,6 +603,83 @@ def custom_function_of_a_computed_weight_with_another_use():
     return Function(forward, w=torch.randn(6, 3)), vectors()
 
 
+# A linear layer on sequences returns a view, whose gradient arrives at its base once it is written
+# to.
+
+
+@case("a parameter added to a view in place")
+def _():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.m[0](x)
+        y += self.b
+        return self.m[1](y.tanh())
+
+    return Function(
+        forward, nn.Linear(6, 4), nn.Linear(4, 2), b=torch.randn(3, 4)
+    ), sequences()  # fmt: skip
+
+
+@case("a view scaled, moved and clipped in place")
+def _():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.m[0](x)
+        y.mul_(self.a).add_(self.b)
+        return self.m[1](F.relu(y, inplace=True))
+
+    return Function(
+        forward, nn.Linear(6, 4), nn.Linear(4, 2), a=torch.rand(4), b=torch.randn(4)
+    ), sequences()  # fmt: skip
+
+
+@case("activations in place after layers on sequences")
+def _():
+    layers = nn.Linear(6, 4), nn.ReLU(inplace=True), nn.Linear(4, 4), nn.SiLU(inplace=True)
+    return nn.Sequential(*layers, nn.Linear(4, 2)), sequences()
+
+
+@case("a place overwritten by a parameter, in a transposed result")
+def _():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        z = self.m[0](x).transpose(1, 2)
+        z[:, 0] = self.c
+        return self.m[1](z.tanh())
+
+    layers = nn.Conv1d(6, 5, 1), nn.Linear(5, 2)
+    return Function(forward, *layers, c=torch.randn(5)), sequences().mT
+
+
+def rewritten(self: Any, x: Tensor) -> Tensor:
+    y = self.m[0](x)[0]
+    y.mul_(self.a)
+    return self.m[1](y)
+
+
+@refuse(r"is a view of something else and was written to")
+def written_to_a_transposed_view():
+    layers = nn.LSTM(6, 4, batch_first=True), nn.Linear(4, 2)
+    return Function(rewritten, *layers, a=torch.rand(4)), sequences()
+
+
+def test_what_is_written_to_is_followed_under_dropout_too():
+    """There two samples are not compared with plain autograd: the draws would be others."""
+    torch.manual_seed(0)
+    dropping = [nn.Linear(6, 4), nn.ReLU(inplace=True), nn.Dropout(0.3), nn.Linear(4, 2)]
+    model, x, y = nn.Sequential(*dropping).double(), sequences().double(), torch.zeros(M, 3).long()
+    torch.manual_seed(1)
+    losses = F.cross_entropy(model(x).mT, y, reduction="none").mean(1)
+    parameters = list(model.parameters())
+    rows = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+    expected = torch.stack([torch.cat([g.flatten() for g in row]).norm() for row in rows])
+    torch.manual_seed(1)
+    transposed = Function(lambda self, x: self.m[0](x).mT, model)
+    found = per_sample_gradient_norms(transposed, nn.CrossEntropyLoss(), x, y)
+    torch.testing.assert_close(found, expected)
+    layers = nn.LSTM(6, 4, batch_first=True), nn.Linear(4, 2), nn.Dropout(0.3)
+    model = Function(lambda self, x: self.m[2](rewritten(self, x)), *layers, a=torch.rand(4))
+    with pytest.raises(RuntimeError, match="is a view of something else and was written to"):
+        per_sample_gradient_norms(model.double(), nn.MSELoss(), x, torch.zeros(M, 3, 2).double())
+
+
 @refuse(r"depend on b in a way")
 def written_to_a_view():
     def forward(self: Any, x: Tensor) -> Tensor:

@@ -257,7 +257,10 @@ class AllSamples:
         found: dict[int, list[Piece]] = {}
         for number in sorted(group):
             use = self._tape.uses[number]
-            mine = [cotangents.get((number, place)) for place in range(len(use.edges))]
+            mine = [
+                None if (b := cotangents.get((number, place))) is None else b.reshape(shape)
+                for place, shape in enumerate(use.shapes)
+            ]
             for weight, piece in pieces_of(use, [None if b is None else b[None] for b in mine]):
                 found.setdefault(id(weight), []).append(piece)
         recorder = self._tape._recorder

@@ -115,12 +115,21 @@ class Live(Recorder):
         live = [t for t in results if t.requires_grad]
         places = [i for i, t in enumerate(results) if t.requires_grad]
         if len(live) == 1:
-            live[0].register_hook(lambda gradient: self._arrived(held, places, [gradient]))
+            (place,), (result,) = places, live
+            base = self.arrival(use, result, len(results))
+            result = result if base is None else base
+            node, number = result.grad_fn, result.output_nr
+            assert node is not None
+            # After all hooks of the tensor, which may change its gradient.
+            node.register_prehook(lambda gradients: self._arrived(held, place, gradients[number]))
             return
         handles: list[RemovableHandle] = []
 
+        for result in live:
+            self.arrival(use, result, len(results))
+
         def arrived(gradients: Sequence[Tensor | None]) -> None:
-            self._arrived(held, places, gradients)
+            self._all_arrived(held, places, gradients)
             if not keeps_graph():
                 handles.pop().remove()  # these hooks and their nodes hold each other
 
@@ -132,7 +141,13 @@ class Live(Recorder):
         self._measure(use, [gradient.reshape(use.shapes[0])], sums)
         return sums
 
-    def _arrived(self, held: list[Use], places: list[int], gradients: Any) -> None:
+    def _arrived(self, held: list[Use], place: int, gradient: Tensor | None) -> None:
+        if gradient is not None:
+            self._all_arrived(held, [place], [gradient.reshape(held[0].shapes[place])])
+
+    def _all_arrived(
+        self, held: list[Use], places: list[int], gradients: Sequence[Tensor | None]
+    ) -> None:
         (use,) = held
         if use.function in _KEEPING and not keeps_graph():
             held.clear()

@@ -129,7 +129,10 @@ class Tape:
         elements = sum(math.prod(shape) for use in self.uses for shape in use.shapes)
         arriving = _pulled(roots, edges, cotangents, elements)[::-1]
         for use in self.uses:
-            mine = [None if edge is None else arriving.pop() for edge in use.edges]
+            mine = [
+                None if edge is None or (g := arriving.pop()) is None else g.reshape(-1, *shape)
+                for edge, shape in zip(use.edges, use.shapes, strict=True)
+            ]
             if any(cotangent is not None for cotangent in mine):
                 for weight, piece in pieces_of(use, mine):
                     found.setdefault(id(weight), []).append(piece)

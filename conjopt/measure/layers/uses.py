@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
@@ -67,6 +67,10 @@ class Recorder(TorchFunctionMode):
         self._weights = {id(p): p for p in parameters.values() if p.requires_grad}
         # What a made tensor repeats for each sample, and where.
         self._repeated: dict[int, tuple[Tensor, Samples]] = {}
+        # Views whose gradients arrive nowhere else, with their versions.
+        self._views: list[tuple[weakref.ref[Tensor], int]] = []
+        # Others that are views, and where their gradients arrive once they are written to.
+        self._viewed: list[tuple[weakref.ref[Tensor], Use, int, GradientEdge]] = []
         self._places: dict[int, tuple[weakref.ref[Tensor], Samples | None]] = {}
         inputs = list(inputs)
         for tensor in (*constants, *(p for p in parameters.values() if not p.requires_grad)):
@@ -97,6 +101,7 @@ class Recorder(TorchFunctionMode):
             else:
                 self._put(before, self.where(target))
             result = function(*args, **kwargs)
+            self._follow_write(target)
             plain = _assigned if assigns else getattr(Tensor, plain_name(function), function)
             args = (before, *args[1:])
             self._note(plain, args, kwargs, weights, [target], _given(args, kwargs))
@@ -109,11 +114,13 @@ class Recorder(TorchFunctionMode):
             # One may be computed from another: gradients have to arrive at each from outside.
             result = tree_map(_alias, result)
         if assigns:
+            self._follow_write(args[0])
             self._assign(args[0], args[1], args[2], held)
         elif isinstance(result, Tensor | tuple | list):
             results = [result] if isinstance(result, Tensor) else list(tensors(result))
             self._note(function, args, kwargs, weights, results, given)
             if given and result is given[0] and result._base is not None:
+                self._follow_write(result)
                 self._written(result._base)
         return result
 
@@ -344,7 +351,49 @@ class Recorder(TorchFunctionMode):
         to the hooks, through nodes that Python's collector cannot see.
         """
         use.edges = [get_gradient_edge(t) if t.requires_grad else None for t in results]
+        for place, result in enumerate(results):
+            base = self.arrival(use, result, len(results)) if result.requires_grad else None
+            if base is not None:
+                self._viewed.append((weakref.ref(result), use, place, get_gradient_edge(base)))
         self.uses.append(use)
+
+    def arrival(self, use: Use, result: Tensor, several: int) -> Tensor | None:
+        """Return what a result is a view of, if its gradient arrives there as well, in some shape.
+
+        That is if it is the same numbers, and nobody else has it. When a view is written to, its
+        gradient arrives nowhere else; where it cannot arrive there, writes are refused.
+
+        Args:
+            use: Whose result it is.
+            result: With its graph.
+            several: How many there are: one may have been computed from another.
+        """
+        base = result._base
+        if base is None:
+            return None
+        whole = base.numel() == result.numel() and base.is_contiguous() and result.is_contiguous()
+        given = {id(t) for tensor, _ in use.versions for t in (tensor, tensor._base)}
+        if several == 1 and whole and base.grad_fn is not None and id(base) not in given:
+            return base
+        self._views.append((weakref.ref(result), result._version))
+        return None
+
+    def _follow_write(self, tensor: Tensor) -> None:
+        """Look for gradients at the bases of views that were written to."""
+        base = tensor._base
+        if base is None:
+            return
+        for reference, version in self._views:
+            view = reference()
+            if view is not None and view._base is base and view._version > version:
+                raise RuntimeError(
+                    "A result of a layer with parameters is a view of something else and was "
+                    "written to, so that its gradient cannot be followed: write to a copy, or out "
+                    "of place."
+                )
+        for reference, use, place, edge in self._viewed:
+            if (view := reference()) is not None and view._base is base:
+                use.edges[place] = edge
 
 
 _WRITES: dict[Any, bool] = {}
