@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import weakref
 from types import FunctionType
 
@@ -276,7 +277,32 @@ def test_a_removed_probe_stands_still():
     assert not model._forward_pre_hooks
 
 
-@pytest.mark.parametrize("options", [{"share": 0.0}, {"share": 1.5}, {"every": 0}])
+def test_several_forwards_in_one_backward_are_refused():
+    model, x = make("mlp")
+    probe = EnergyProbe(model)
+    loss = CRITERION(model(x), Y) + CRITERION(model(x.flip(0)), Y)
+    with pytest.raises(RuntimeError, match="one backward went through several measured forwards"):
+        loss.backward()
+    assert probe.norms is None
+    for _ in range(2):  # one after the other, as under accumulation
+        CRITERION(model(x), Y).backward()
+        assert_close(probe.norms, norms_of(model, CRITERION, x, Y), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_of_a_model_are_not_watched(copied):
+    model, x = make("mlp")
+    probe = EnergyProbe(model)
+    CRITERION(model(x), Y).backward()
+    norms = probe.norms
+    other = copied(model)
+    CRITERION(other(2 * x), Y).backward()
+    assert probe.norms is norms
+    probe.remove()
+    assert all(p.grad is not None for p in other.parameters())
+
+
+@pytest.mark.parametrize("options", [{"share": 0.0}, {"share": 1.5}, {"every": 0}, {"every": 1.5}])
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         EnergyProbe(nn.Linear(2, 2), **options)

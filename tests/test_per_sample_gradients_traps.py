@@ -4,6 +4,7 @@ The layers and models themselves are in `tests/test_per_sample_gradients.py`.
 """
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from conjopt.measure import (
     self_check,
     structure_matrix,
     top_curvature,
+    top_structure,
 )
 from conjopt.measure.layers.pieces import squared_norms
 from conjopt.measure.layers.tape import Tape
@@ -646,6 +648,59 @@ def _():
 
     layers = nn.Conv1d(6, 5, 1), nn.Linear(5, 2)
     return Function(forward, *layers, c=torch.randn(5)), sequences().mT
+
+
+@case("weights that are made complex")
+def _():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        z = torch.fft.rfft(x) * torch.view_as_complex(self.a)
+        return torch.fft.irfft(z @ torch.view_as_complex(self.b), n=6)
+
+    return Function(forward, a=torch.randn(4, 2), b=torch.randn(4, 4, 2)), vectors()
+
+
+@case("a table by function, with a padding row counted from behind")
+def _():
+    def forward(self: Any, index: Tensor) -> Tensor:
+        return self.m[0](F.embedding(index, self.w, padding_idx=-3).mean(1))
+
+    return Function(forward, nn.Linear(3, 2), w=torch.randn(7, 3)), tokens(5)
+
+
+def test_tables_with_sparse_gradients():
+    torch.manual_seed(0)
+    sparse, dense = (
+        nn.Sequential(nn.Embedding(7, 3, sparse=kind), nn.Flatten(), nn.Linear(15, 2)).double()
+        for kind in (True, False)
+    )
+    dense.load_state_dict(sparse.state_dict())
+    x, y, criterion = tokens(5), torch.zeros(M, 2).double(), nn.MSELoss()
+    for measured in (
+        lambda model: per_sample_gradient_norms(model, criterion, x, y),
+        lambda model: structure_matrix(model, x),
+        lambda model: top_structure(model, x).value,
+    ):
+        torch.testing.assert_close(measured(sparse), measured(dense))
+
+
+def test_rows_are_numbers_or_a_mask():
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(6, 3), vectors(), torch.zeros(M).long()
+    measure = functools.partial(per_sample_gradient_norms, model, nn.CrossEntropyLoss(), x, y)
+    mask = torch.arange(M) % 2 == 1
+    assert torch.equal(measure(rows=mask), measure()[mask])
+    assert torch.equal(measure(rows=torch.tensor([1, 3])), measure()[[1, 3]])
+    for rows in (mask[:2], torch.tensor(1), torch.tensor([1.0])):
+        with pytest.raises(ValueError, match=f"a boolean for each of the {M} samples"):
+            measure(rows=rows)
+
+
+@refuse(r"Complex parameters are not measured: w")
+def complex_parameters():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return torch.fft.irfft(torch.fft.rfft(x) * self.w, n=6)
+
+    return Function(forward, w=torch.randn(4, dtype=torch.complex128)), vectors()
 
 
 def rewritten(self: Any, x: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from conjopt.measure import MeasurementError
+from conjopt.measure.layers import rules
 from conjopt.measure.structure import (
     batch_structure_matrix,
     extreme_eigenvalues,
@@ -475,3 +477,15 @@ def test_extreme_eigenvalues_want_finite_square_matrices(bad: float):
         extreme_eigenvalues(torch.ones(2, 3))
     with pytest.raises(ValueError, match=r"square matrices .* shape \(3,\)"):
         extreme_eigenvalues(torch.ones(3))
+
+
+@pytest.mark.parametrize("measured", [structure_matrix, batch_structure_matrix])
+def test_a_wrong_rule_is_found_at_the_first_use(measured, monkeypatch):
+    right = rules._RULES[F.linear]
+
+    def wrong(use, cotangents):
+        return right(use, [2 * c for c in cotangents])
+
+    monkeypatch.setitem(rules._RULES, F.linear, wrong)
+    with pytest.raises(MeasurementError, match="are measured wrong"):
+        measured(nn.Linear(3, 2), torch.randn(4, 3))

@@ -278,7 +278,11 @@ class Check:
                     allow_unused=True,
                 )
             gradients.append(
-                {n: g for n, g in zip(self.parameters, found, strict=True) if g is not None}
+                {
+                    name: _dense(gradient)
+                    for name, gradient in zip(self.parameters, found, strict=True)
+                    if gradient is not None
+                }
             )
         return output[0].detach(), gradients
 
@@ -336,7 +340,7 @@ class Check:
         for name, gradient in zip(self.parameters, found, strict=True):
             parts = [gradients[0][name] for gradients in single if name in gradients[0]]
             expected = sum(parts, torch.zeros_like(self.parameters[name]))
-            found_here = torch.zeros_like(expected) if gradient is None else gradient
+            found_here = torch.zeros_like(expected) if gradient is None else _dense(gradient)
             size = math.sqrt(sum(_square(part) for part in parts))
             if not math.sqrt(_square(found_here - expected)) <= _slack(size, total, self.eps):
                 wrong.append(name)
@@ -423,7 +427,9 @@ class Check:
                     torch.autograd.grad(f, parameters, retain_graph=True, materialize_grads=True)
                     for f in output.flatten()
                 ]
-            J = torch.stack([torch.cat([g.flatten().double() for g in row]) for row in jacobian])
+            J = torch.stack(
+                [torch.cat([_dense(g).flatten().double() for g in row]) for row in jacobian]
+            )
             expected.append(J @ J.T)
         try:
             mine = structure_matrix(self.model, inputs)
@@ -454,6 +460,11 @@ def _gram(gradients: list[dict[str, Tensor]], name: str, like: Tensor) -> Tensor
         return like.new_zeros(k, k, dtype=torch.float64)
     x = torch.stack([gradient[name].flatten().double() for gradient in gradients])
     return x @ x.T
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """Fill in what a table with sparse gradients leaves out."""
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def _same(expected: Tensor, found: Tensor | None, eps: float) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any, Literal
 
 import torch
@@ -60,7 +59,7 @@ def per_sample_gradient_norms(
             believed, and a mean where it says nothing.
         inputs: Of the model, a tensor, or a tuple or a dict of its arguments.
         targets: Of the loss.
-        rows: Numbers of the samples to measure; all if `None`.
+        rows: Numbers of the samples to measure, or a boolean for each sample; all if `None`.
         unit: `"sample"`, or `"token"`: outputs are then `(m, C, d1, ...)` for a criterion of class
             numbers or of probabilities, as torch lays them out, and `(m, T, k)` or `(m, T)` where
             the targets have their shape.
@@ -74,7 +73,7 @@ def per_sample_gradient_norms(
         RuntimeError: If samples are coupled (batch normalisation in training mode), or a parameter
             is used where it cannot be seen.
         ValueError: If the model does not return one tensor with samples along dimension 0, the
-            loss does not reduce, or it cannot be told what a token is.
+            loss does not reduce, it cannot be told what a token is, or rows are none.
 
     Reference:
         docs/theory.md, section 0 and Thm 2.1.
@@ -105,6 +104,7 @@ def per_sample_gradient_norms(
         _check(model, inputs, loss, targets, "per_sample_gradient_norms")
     tape = Tape(model, inputs)
     outputs = tape.only_output()
+    rows = None if rows is None else _numbers(rows, tape.samples)
     total = outputs.new_zeros(tape.samples if rows is None else len(rows)).detach()
     with torch.enable_grad():
         value = loss(outputs, targets)
@@ -122,6 +122,18 @@ def per_sample_gradient_norms(
                 total = total + squared_norms(chosen)
     places = total[0].numel() if len(total) else 1
     return (1 if reduction == "sum" else tape.samples * places) * total.sqrt()
+
+
+def _numbers(rows: Tensor, samples: int) -> Tensor:
+    """Return the numbers of the chosen samples."""
+    if rows.dtype is torch.bool and rows.shape == (samples,):
+        return rows.nonzero().squeeze(1)
+    if rows.ndim != 1 or rows.dtype is torch.bool or rows.is_floating_point():
+        raise ValueError(
+            f"rows: got {rows.dtype} of shape {tuple(rows.shape)}, expected numbers of samples, "
+            f"(r,) integers, or a boolean for each of the {samples} samples."
+        )
+    return rows
 
 
 def gradient_energy(
@@ -169,11 +181,13 @@ class EnergyProbe:
 
     The loop stays as it is, and `.grad` is the same to the bit unless `fused`. Norms are those of
     `per_sample_gradient_norms` for what is differentiated, a mean over the samples: multiply them
-    by whatever else multiplies the loss (accumulation), or divide by it (loss scale).
+    by whatever else multiplies the loss (accumulation), or divide by it (loss scale). Copies of the
+    model, also pickled ones, are not watched.
 
     Args:
         model: The module whose forward is watched.
-        share: Share of the samples to measure, in (0, 1]: every `round(1 / share)`-th.
+        share: Share of the samples to measure, in (0, 1]: every `round(1 / share)`-th, from the
+            first on.
         every: Measure every so many forwards with gradients, from the first on.
         fused: Take the gradients of the weights of convolutions, and of linear layers on sequences,
             as the sum of the per-sample ones, instead of computing both: cheaper, with `.grad`
@@ -187,7 +201,8 @@ class EnergyProbe:
         MeasurementError: In the first forward of a kind, if the model cannot be measured; two
             samples are then compared with plain autograd.
         RuntimeError: In a forward, if samples meet in front of the outputs, or if the model or a
-            part of it is compiled.
+            part of it is compiled; in a backward, if it goes through several measured forwards,
+            whose samples could be the same or others.
 
     Reference:
         docs/theory.md, section 0.
@@ -208,8 +223,8 @@ class EnergyProbe:
     ) -> None:
         if not 0 < share <= 1:
             raise ValueError(f"share={share}: expected a number in (0, 1].")
-        if every < 1:
-            raise ValueError(f"every={every}: expected a number of forwards, at least 1.")
+        if every < 1 or every != int(every):
+            raise ValueError(f"every={every}: expected a whole number of forwards, at least 1.")
         if fused and round(1 / share) > 1:
             raise ValueError(
                 f"share={share} with fused=True: a sum over all samples was asked for, and only "
@@ -218,12 +233,12 @@ class EnergyProbe:
         self.norms: Tensor | None = None
         self._fused = fused
         self._stride, self._every, self._forwards = round(1 / share), every, 0
-        self._model = weakref.ref(model)
         self._live: Live | None = None
+        self._backward = -1  # number of the last one that was measured
         self._known: dict[Any, list[Samples | None]] = {}  # where inputs of a kind have samples
         self._handles = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
-            model.register_forward_hook(self._after, always_call=True),
+            model.register_forward_pre_hook(_Hook(self, "_before"), with_kwargs=True, prepend=True),
+            model.register_forward_hook(_Hook(self, "_after"), always_call=True),
         ]
 
     @property
@@ -270,8 +285,29 @@ class EnergyProbe:
             live.__exit__(None, None, None)
             refuse_mixed(live, [t for t in tree_leaves(output) if isinstance(t, Tensor)])
 
-    def _store(self, norms: Tensor) -> None:
-        self.norms = norms
+    def _store(self, norms: Tensor, backward: int) -> None:
+        if backward == self._backward:
+            self.norms = None
+            raise RuntimeError(
+                "EnergyProbe: one backward went through several measured forwards, and whether "
+                "their samples are the same ones cannot be told. Call backward for each of them, "
+                "or wrap them in one module and watch that."
+            )
+        self.norms, self._backward = norms, backward
+
+
+class _Hook:
+    """A hook that a copy of the module does not take along."""
+
+    def __init__(self, probe: EnergyProbe | None = None, method: str = "") -> None:
+        self._probe, self._method = probe, method
+
+    def __call__(self, *arguments: Any) -> None:
+        if self._probe is not None:
+            getattr(self._probe, self._method)(*arguments)
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
 
 
 def _refuse_compiled(model: nn.Module) -> None:

@@ -136,7 +136,9 @@ class Linearised:
             )
         return torch.cat(
             [
-                (torch.zeros_like(p) if product is None else product).flatten().to(self.zero.dtype)
+                (torch.zeros_like(p) if product is None else product.to_dense())
+                .flatten()
+                .to(self.zero.dtype)
                 for p, product in zip(parameters, products, strict=True)
             ]
         )

@@ -47,7 +47,7 @@ class Live(Recorder):
         samples: `m`.
         stride: Every so many samples are measured.
         fused: Whether gradients of weights may be sums of per-sample ones.
-        store: Called with the norms when a backward is over.
+        store: Called with the norms and the number of the backward when one is over.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Live(Recorder):
         samples: int,
         stride: int,
         fused: bool,
-        store: Callable[[Tensor], None],
+        store: Callable[[Tensor, int], None],
     ) -> None:
         parameters = dict(model.named_parameters())
         super().__init__(parameters, inputs, constants_of(model), samples, places)
@@ -67,6 +67,7 @@ class Live(Recorder):
         self._kept: dict[int, list[Piece]] = {}
         self._little: list[Tensor] = []
         self._total: Tensor | None = None
+        self._task = -1
         self._joints: dict[int, _Joint] = {}  # by the result
 
     def call(
@@ -163,6 +164,7 @@ class Live(Recorder):
         sums: dict[int, Tensor] | None = None,
     ) -> None:
         if self._total is None and not self._kept and not self._little:
+            self._task = torch._C._current_graph_task_id()
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         parts: list[Tensor] = []
         with torch.no_grad():
@@ -257,9 +259,9 @@ class Live(Recorder):
             for pieces in self._kept.values():
                 self._count(squared_norms(pieces))
             self._count_little()
-        if self._total is not None:
-            self._store(self.samples * self._total.sqrt())
-        self._total, self._kept = None, {}
+        total, self._total, self._kept = self._total, None, {}
+        if total is not None:
+            self._store(self.samples * total.sqrt(), self._task)
 
 
 @dataclasses.dataclass

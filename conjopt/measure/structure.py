@@ -147,9 +147,11 @@ def batch_structure_matrix(
     def through_layers() -> Tensor:
         parts, tape = batch.plan(at_once=2)
         if len(parts) > 1:
-            return _in_pairs(batch, parts)
-        found = batch.gram(tape or batch.forward(parts), across=True)
-        return found.flatten(2).flatten(0, 1)
+            found = _in_pairs(batch, parts)
+        else:
+            found = batch.gram(tape or batch.forward(parts), across=True).flatten(2).flatten(0, 1)
+        _check(model, inputs, "batch_structure_matrix")
+        return found
 
     return batch.shortest(through_layers, lambda J: J.flatten(0, 1) @ J.flatten(0, 1).T)
 

@@ -90,7 +90,8 @@ def pieces_of(use: Use, cotangents: Cotangents) -> Found:
             )
     if LOST in use.where.values():
         raise RuntimeError(MIXED.format(getattr(use.function, "__name__", use.function)))
-    rule = None if use.whole else _RULES.get(use.function)
+    general = use.whole or any(weight.is_complex() for weight in use.weights)
+    rule = None if general else _RULES.get(use.function)
     found = None if rule is None else rule(use, cotangents)
     return by_sample(use, cotangents) if found is None else found
 
@@ -159,8 +160,8 @@ def _embedding(use: Use, cotangents: Cotangents) -> Found | None:
     if right is None or rows is None:
         return None
     rows = rows.squeeze(-1)
-    if padding is not None and padding >= 0:
-        right = right * (rows != padding).unsqueeze(-1)
+    if padding is not None:
+        right = right * (rows != padding % weight.shape[0]).unsqueeze(-1)
     return [(weight, Lookup(rows, right, weight.shape[0]))]
 
 

@@ -65,6 +65,12 @@ class Recorder(TorchFunctionMode):
         self.made: list[Tensor] = []
         self.bases: dict[int, list[Tensor]] = {}
         self._weights = {id(p): p for p in parameters.values() if p.requires_grad}
+        complex_ones = [n for n, p in parameters.items() if p.requires_grad and p.is_complex()]
+        if complex_ones:
+            raise RuntimeError(
+                f"Complex parameters are not measured: {', '.join(complex_ones)}. Keep their real "
+                "and imaginary parts, and take torch.view_as_complex in the forward."
+            )
         # What a made tensor repeats for each sample, and where.
         self._repeated: dict[int, tuple[Tensor, Samples]] = {}
         # Views whose gradients arrive nowhere else, with their versions.
