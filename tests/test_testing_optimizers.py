@@ -200,6 +200,20 @@ class RateOfTheStart(Plain):
         return self.defaults["lr"]
 
 
+class RateOfTheFirstGroup(Plain):
+    def rate(self, group):
+        return self.param_groups[0]["lr"]
+
+
+class BallIsTheGradient(Plain):
+    """Begins its moving average with the gradient itself, which the loop may fill with zeros."""
+
+    def move(self, p, group, state):
+        first = not state
+        state["ball"] = p.grad if first else group["momentum"] * state["ball"] + p.grad
+        p.sub_(self.rate(group) * state["ball"])
+
+
 class RateSquared(Plain):
     def rate(self, group):
         return 20 * group["lr"] ** 2
@@ -284,7 +298,9 @@ PLANTED = {
     ClosureForgotten: CLOSURE,
     ClosureWithoutGradients: CLOSURE,
     CountsBeforeTheClosure: CLOSURE_ERROR,
+    BallIsTheGradient: ZERO_GRAD,
     RateOfTheStart: RATE_ZERO,
+    RateOfTheFirstGroup: RATE_ZERO,
     RateSquared: SCHEDULER,
     GroupForgotten: ADDED,
     MaximizeForgotten: MAXIMIZE,

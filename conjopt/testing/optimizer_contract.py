@@ -190,8 +190,11 @@ class Contract:
         return alike(after, before)
 
     def zero_grad(self, setting: Setting) -> Sides:
-        """It leaves gradients of zero, or none."""
-        run = self.run(setting).steps(0, setting.taken)
+        """It leaves gradients of zero, or none, and the runs with both are one."""
+        run, twin = self.run(setting), self.run(setting)
+        twin.set_to_none = False
+        run.steps(0, setting.taken)
+        same = alike(twin.steps(0, setting.taken).flat(), run.flat())
         run.backward(setting.taken)
         run.optimizer.zero_grad(set_to_none=False)
         sizes = [p.grad.abs().sum() for p in run.given if p.grad is not None]
@@ -200,7 +203,7 @@ class Contract:
         still = sum(p.grad is not None for p in run.given)
         if still:
             raise Apart(f"{still} gradients are left", "None after zero_grad()")
-        return alike(left, torch.zeros_like(left))
+        return both(alike(left, torch.zeros_like(left)), same)
 
     def closure(self, setting: Setting) -> Sides:
         """``step(closure)`` calls it once, with gradients, returns its loss, and is the loop.
@@ -248,13 +251,20 @@ class Contract:
         return alike(run.flat(), twin.flat())
 
     def rate_zero(self, setting: Setting) -> Sides:
-        """With ``lr`` of all groups set to 0 the parameters stay."""
-        run = self.run(setting)
+        """With ``lr`` of all groups, or of one of several, set to 0 their parameters stay."""
+        run, other = self.run(setting), self.run(setting)
         before = run.flat()
         for group in run.optimizer.param_groups:
             group["lr"] = group["lr"] * 0.0
         run.steps(0, AFTER)
-        return alike(run.flat(), before)
+        if run.needs_closure:  # those of torch have one group
+            return alike(run.flat(), before)
+        alone = regrouped(other)
+        kept = alone.detach().clone().flatten()
+        group = other.optimizer.param_groups[-1]
+        group["lr"] = group["lr"] * 0.0
+        other.steps(0, AFTER)
+        return both(alike(run.flat(), before), alike(alone.detach().flatten(), kept))
 
     def scheduled(self, setting: Setting) -> Sides:
         """A `LambdaLR` of a half halves the first step, without weight decay."""

@@ -173,6 +173,7 @@ class Run:
         self.model, self.loss = setting.network(), setting.criterion()
         self.optimizer = made(make_optimizer, self.model, self.loss)
         self.needs_closure = needs_closure(self.optimizer)
+        self.set_to_none = True
         if not decays:
             for group in self.optimizer.param_groups:
                 if "weight_decay" in group:
@@ -191,7 +192,7 @@ class Run:
     def backward(self, step: int) -> Tensor:
         """The gradients of a step's batch; returns its loss."""
         x, y = self.setting.batch(step)
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=self.set_to_none)
         loss = self.loss(self.model(x), y)
         loss.backward()
         return loss
