@@ -403,3 +403,10 @@ def test_what_drops_out(module, drops):
 def test_many_names_are_cut_short():
     assert comparing._names(list("abcdefgh")).endswith("'g', 'h'")
     assert comparing._names(list("abcdefghi")).endswith("'h' and 1 more")
+
+
+def test_gradients_whose_squares_overflow_are_told_as_such():
+    model = nn.Linear(2, 2).double()
+    x, y = 1e120 * torch.ones(3, 2, dtype=torch.float64), torch.zeros(3, 2, dtype=torch.float64)
+    found = message(model, x, y, nn.MSELoss())
+    assert "'weight' are so large that their squares are infinite" in found

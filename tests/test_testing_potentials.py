@@ -204,8 +204,8 @@ ONES = torch.ones(2, 3, dtype=torch.float64)
 BAD = {
     "k, a word": ({"k": "a"}, TypeError, "got k='a', expected an integer"),
     "k, none": ({"k": 0}, ValueError, "got k=0, expected at least 1"),
-    "largest, 0": ({"largest": 0}, ValueError, "largest=0, expected at least 0.001"),
-    "largest, negative": ({"largest": -1}, ValueError, "largest=-1, expected at least 0.001"),
+    "largest, 0": ({"largest": 0}, ValueError, "largest=0, expected a number from 0.001"),
+    "largest, negative": ({"largest": -1}, ValueError, "largest=-1, expected a number from 0.001"),
     "largest, no number": ({"largest": float("nan")}, ValueError, "largest=nan"),
     "largest, a word": ({"largest": "a"}, TypeError, "largest='a', expected a number"),
     "no examples": ({"max_examples": 0}, ValueError, "max_examples=0, expected at least 1"),
@@ -261,3 +261,16 @@ def test_without_hypothesis(tmp_path):
 def test_a_violation_reads_well():
     text = str(Violation("Thm 2.2", "3", "at most 2", {"f": [1.0]}))
     assert text == "Thm 2.2: 3, expected at most 2; for f=[1.0]"
+
+
+def test_outputs_are_as_large_as_was_asked_for():
+    """A conjugate that overflows from 710 on is found beyond it, and not before."""
+
+    class Overflowing(Softmax):
+        def conjugate(self, f):
+            return f.exp().sum(-1).log()
+
+    check_potential(Overflowing(), k=2, largest=700, max_examples=20)
+    with pytest.raises(ViolationError, match="inf"):
+        check_potential(Overflowing(), k=2, largest=2000, max_examples=40)
+    check_potential(Softmax(), k=2, largest=1000, max_examples=20)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import find, given, settings
+from hypothesis import assume, find, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -26,7 +26,11 @@ def instances(draw: st.DrawFn, kinds=KINDS, **options) -> tuple[Network, nn.Modu
     network = draw(networks(kinds=kinds))
     # One weight for each of k elements does not fit outputs (m, k, tokens).
     loss = draw(losses(k=network.k, **{"one_term": network.kind == "tokens", **options}))
-    return network, loss, draw(batches(network, loss))
+    batch = draw(batches(network, loss))
+    assume(
+        float(loss(network(batch.inputs), batch.targets).detach()) < 1e100
+    )  # its square is finite
+    return network, loss, batch
 
 
 @settings(max_examples=30)
@@ -196,6 +200,7 @@ def test_a_potential_of_ones_own():
         (outputs(k=0), "k=0"),
         (outputs(largest=1e-4), "largest=0.0001"),
         (outputs(largest=float("nan")), "largest=nan"),
+        (outputs(largest=float("inf")), "largest=inf"),
         (losses(k=0), "k=0"),
         (losses(kinds=()), "CrossEntropyLoss"),
         (losses(kinds=("L1Loss",)), "L1Loss"),

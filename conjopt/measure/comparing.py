@@ -362,6 +362,12 @@ class Check:
             name: torch.stack([_gram(gradients, name, parameter) for gradients in single])
             for name, parameter in self.parameters.items()
         }
+        beyond = [name for name, gram in expected.items() if not bool(gram.isfinite().all())]
+        if beyond:
+            self.found.append(
+                f"The gradients of {_names(beyond)} are so large that their squares are infinite."
+            )
+            return
         largest = [gram.diagonal(dim1=1, dim2=2).amax(0) for gram in expected.values()]
         total = torch.stack(largest).sum(0).sqrt()  # (2,), of all parameters
         try:

@@ -114,7 +114,7 @@ class Contract:
         if run.optimizer.param_groups[0].get("maximize"):
             moved = -moved
         size = 1e-12 * (gradient.norm() * (moved.norm() + before.norm()))
-        return torch.zeros(1), (gradient @ moved)[None], size[None], "<="
+        return (gradient @ moved)[None], torch.zeros(1), size[None], ">="
 
     def resumed(self, setting: Setting) -> Sides:
         """A run that goes on from a file, in an optimizer that was used, is the unbroken one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def check_potential(
     Args:
         potential: yours or one of this package.
         k: number of outputs; None for 1 to 12.
-        largest: of the sizes of outputs, among 1e-3, 1, 30 and 300.
+        largest: of the sizes of outputs, which are 1e-3, 1, 30, 300 and this one, as far as that.
         targets: a strategy of (2, k) targets in its domain, given with k; None for links of other
             outputs, and vertices and mixtures on the simplex.
         max_examples: drawn for each statement.
@@ -51,7 +52,7 @@ def check_potential(
     Raises:
         TypeError: if it is no `Potential`, a number none, or ``targets`` no strategy.
         ValueError: if targets are given without k or drawn in another shape or type, a count is
-            below 1, or ``largest`` below 1e-3.
+            below 1, or ``largest`` below 1e-3 or infinite.
         ViolationError: listing every statement that does not hold, with both sides and the smallest
             counterexample found.
 
@@ -72,10 +73,10 @@ def check_potential(
     refuse_counts("check_potential", max_examples=max_examples, **({} if k is None else {"k": k}))
     if not isinstance(largest, int | float) or isinstance(largest, bool):
         raise TypeError(f"check_potential: got largest={largest!r}, expected a number")
-    if not largest >= SMALLEST:
+    if not SMALLEST <= largest < math.inf:
         raise ValueError(
-            f"check_potential: got largest={largest}, expected at least {SMALLEST}, the smallest "
-            "of the sizes of outputs"
+            f"check_potential: got largest={largest}, expected a number from {SMALLEST}, the "
+            "smallest of the sizes of outputs"
         )
     if targets is not None and not isinstance(targets, st.SearchStrategy):
         raise TypeError(
@@ -160,7 +161,7 @@ class _Statements:
 
     def non_negative(self, y: Tensor, f: Tensor, v: Tensor) -> Sides:
         loss = self.of.loss(y, f)
-        return torch.zeros_like(loss), loss, self.size(y, f), "<="
+        return loss, torch.zeros_like(loss), self.size(y, f), ">="
 
     def at_the_link(self, y: Tensor, f: Tensor, v: Tensor) -> Sides:
         link = self.of.link(f)
@@ -185,7 +186,7 @@ class _Statements:
     def convex(self, y: Tensor, f: Tensor, v: Tensor) -> Sides:
         form = (v * self.of.hessian_product(f, v)).sum(-1)
         size = 64 * EPS * f.shape[-1] * (1 + self.of.link(f).abs().amax(-1))
-        return torch.zeros_like(form), form, size, "<="
+        return form, torch.zeros_like(form), size, ">="
 
     def tangent(self, y: Tensor, f: Tensor, v: Tensor) -> Sides:
         residual = self.of.link(f) - y
@@ -208,7 +209,7 @@ class _Statements:
 
     def entropy(self, y: Tensor, f: Tensor, v: Tensor) -> Sides:
         entropy = self.of.value(y).mean(0) - self.of.value(y.mean(0))
-        return torch.zeros_like(entropy), entropy, self.size(y, f).max(), "<="
+        return entropy, torch.zeros_like(entropy), self.size(y, f).max(), ">="
 
     def decomposition(self, y: Tensor, f: Tensor, v: Tensor) -> Sides:
         mean, one = y.mean(0, keepdim=True), f[:1]

@@ -323,7 +323,7 @@ class OnTerms:
         """Not negative, or not positive."""
         assert self.traits.sign is not None
         value = self.traits.sign * self.value(*self.batch(*parts)).detach()[None]
-        return torch.zeros_like(value), value, torch.full_like(value, 1e-12), "<="
+        return value, torch.zeros_like(value), torch.full_like(value, 1e-12), ">="
 
     def vertices(self, *parts: Any) -> Sides:
         """One-hot probabilities for class indices; for random ones the gradient, too."""

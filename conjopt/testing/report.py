@@ -102,15 +102,17 @@ class Statement:
 
     Attributes:
         name: with the number of the theory.
-        sides: from an example, ``(left, right, tolerance, relation)`` with ``relation`` "=" or
-            "<="; all tensors of one shape.
+        sides: from an example, ``(left, right, tolerance, relation)`` with ``relation`` "=",
+            "<=" or ">="; all tensors of one shape. What was found is on the left.
         where: from the number of an element and an example, what the element belongs to.
 
     Example:
         >>> import torch
-        >>> square = Statement("squares", lambda x: (0 * x, x * x, 0 * x, "<="))
-        >>> square.violated(torch.tensor([2.0])) is None
+        >>> positive = Statement("positive", lambda x: (x, x * 0 + 1, 0 * x, ">="))
+        >>> positive.violated(torch.tensor([2.0])) is None
         True
+        >>> positive.violated(torch.tensor([2.0, -3.0]))
+        ('-3', 'at least 1')
     """
 
     name: str
@@ -124,13 +126,15 @@ class Statement:
             example: what ``sides`` takes.
         """
         left, right, tolerance, relation = self.sides(*example)
-        apart = (left - right).abs() if relation == "=" else left - right
+        apart = left - right
+        if relation != "<=":
+            apart = apart.abs() if relation == "=" else -apart
         excess = apart - tolerance
         bad = ~(excess <= 0)  # NaN is a violation
         if not bad.any():
             return None
         place = int(excess.nan_to_num(float("inf")).argmax())
-        sign = "" if relation == "=" else "at most "
+        sign = {"=": "", "<=": "at most ", ">=": "at least "}[relation]
         of = "" if self.where is None else f" ({self.where(place, *example)})"
         a, b = (f"{float(side.flatten()[place]):.6g}" for side in (left, right))
         if a == b:  # what is apart by rounding

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +58,8 @@ def outputs(draw: st.DrawFn, *, k: int | None = None, largest: float = 300.0) ->
     Args:
         draw: given by hypothesis.
         k: number of outputs; None for 1 to 12.
-        largest: of their sizes, from 0.001.
+        largest: of their sizes, from 0.001; among these are also 0.001, 1, 30 and 300, as far as
+            that.
 
     Raises:
         ValueError: when drawn from, for options out of range.
@@ -70,10 +72,10 @@ def outputs(draw: st.DrawFn, *, k: int | None = None, largest: float = 300.0) ->
         >>> test()
     """
     _check("outputs", "k", k)
-    if not largest >= min(SCALES):
-        raise ValueError(f"outputs: got largest={largest}, expected {min(SCALES)} or more")
+    if not min(SCALES) <= largest < math.inf:
+        raise ValueError(f"outputs: got largest={largest}, expected a number from {min(SCALES)}")
     width = draw(st.integers(1, 12)) if k is None else k
-    scale = draw(st.sampled_from([s for s in SCALES if s <= largest]))
+    scale = draw(st.sampled_from([s for s in dict.fromkeys((*SCALES, largest)) if s <= largest]))
     unit = st.floats(-1, 1, width=32)
     rows = draw(st.lists(unit, min_size=ROWS * width, max_size=ROWS * width))
     return scale * torch.tensor(rows, dtype=torch.float64).reshape(ROWS, width)
