@@ -549,6 +549,18 @@ def test_curvature_is_that_of_the_loss_that_backward_sees(context: Callable[[], 
     assert_close(found, change.square().sum(1).mean(), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("method", ["forward", "two_vjps"])
+def test_parameters_made_in_inference_mode(method: str):
+    with torch.inference_mode():
+        model = nn.Linear(4, 3)
+    instance = Instance(model, vectors(), {"weight": torch.ones(3, 4)})
+    product = JacobianProduct(model)
+    product.method = method
+    _, (change,) = product(instance.replay().run, instance.parameters, instance.direction)
+    assert product.method == method
+    assert_close(change, instance.inputs.sum(1, keepdim=True).expand(6, 3))
+
+
 def test_nothing_moves_in_a_model_that_is_all_constant():
     model = Constant(torch.no_grad()(Constant.network))
     instance = Instance(

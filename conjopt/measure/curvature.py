@@ -104,15 +104,13 @@ class JacobianProduct:
                     [1.]])
         """
         with torch.inference_mode(False):  # in which nothing is differentiated
-            direction = {
-                name: u.clone() if u.is_inference() else u.detach() for name, u in direction.items()
-            }
+            direction = {name: _differentiable(u) for name, u in direction.items()}
             return self._product(run, parameters, direction)
 
     def _product(
         self, run: Run, parameters: Mapping[str, Tensor], direction: Mapping[str, Tensor]
     ) -> Any:
-        moving = {name: parameters[name].detach() for name in direction}
+        moving = {name: _differentiable(parameters[name]) for name in direction}
         if self.method == "forward":
             try:
                 return self._forward(run, moving, direction, self._still(parameters, direction))
@@ -436,6 +434,11 @@ def _load_forward_formulas() -> None:
     with warnings.catch_warnings(), contextlib.suppress(ImportError):
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
         importlib.import_module("torch._decomp.decompositions_for_jvp")
+
+
+def _differentiable(tensor: Tensor) -> Tensor:
+    """Without its graph, and not of inference mode, whose tensors have no derivatives."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def _present(output: Tensor | None) -> Tensor:
