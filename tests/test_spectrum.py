@@ -349,6 +349,68 @@ def test_float32_of_a_frozen_and_compiled_kind():
     assert float(found) == found.value.item()
 
 
+class StraightThrough(nn.Module):
+    """In the backward the rounding is none, which is all that there is of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 4).double(), nn.Linear(4, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        with torch.no_grad():
+            missing = hidden.square() - hidden
+        return self.second(hidden + missing)
+
+
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_what_the_backward_takes_for_constant_stands_still(context):
+    torch.manual_seed(0)
+    model, inputs = StraightThrough(), torch.randn(6, 5).double()
+    J = jacobian(model, inputs)
+    hi = torch.linalg.eigvalsh(dense_curvature(*J, Softmax()))[-1]
+    with context():
+        linear = Linearised(model, inputs * 1, Softmax())
+        assert linear.solve(linear.gauss_newton, linear.zero + 1, 40).values[-1] > 0
+        assert linear._product.method == "forward"
+        found = top_curvature(model, Softmax(), inputs, steps=40)
+        assert_close(found.value, hi, rtol=1e-11, atol=0)
+        found = top_structure(model, inputs, steps=40)
+        each = [sample_top_eigenvalues(model, inputs, exact_up_to=most) for most in (0, 32)]
+    A, K_B = dense_structures(J[1])
+    assert_close(found.value, torch.linalg.eigvalsh(K_B)[-1], rtol=1e-11, atol=0)
+    for found in each:
+        assert_close(found.value, torch.linalg.eigvalsh(A)[:, -1], rtol=1e-11, atol=0)
+
+
+class TwoMinds(torch.autograd.Function):
+    """Its forward derivative is not that of its backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_forward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return tangent * ctx.saved_tensors[0].cos()
+
+
+def test_the_backward_counts_where_a_forward_derivative_says_otherwise():
+    class Model(nn.Sequential):
+        def forward(self, x):
+            return self[1](TwoMinds.apply(self[0](x)))
+
+    torch.manual_seed(0)
+    model, inputs = Model(nn.Linear(5, 4), nn.Linear(4, 3)).double(), torch.randn(6, 5).double()
+    hi = torch.linalg.eigvalsh(dense_structures(jacobian(model, inputs)[1])[1])[-1]
+    assert_close(top_structure(model, inputs, steps=40).value, hi, rtol=1e-11, atol=0)
+
+
 class Checkpointed(nn.Module):
     def __init__(self, use_reentrant: bool) -> None:
         super().__init__()

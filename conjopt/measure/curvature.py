@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from conjopt.losses import FenchelYoungLoss, potential_of
 from conjopt.measure.chunks import ran_out_of_memory
@@ -21,6 +24,10 @@ from conjopt.measure.shards import total_norm
 from conjopt.potentials import Potential
 
 __all__ = ["JacobianProduct", "curvature_along"]
+
+# Looked up once, as every call of a model that is differentiated forward is compared with them.
+_embedding, _set_grad_enabled = F.embedding, torch._C._set_grad_enabled
+_in_inference_mode = torch.is_inference_mode_enabled
 
 Run = Callable[[Mapping[str, Tensor]], list[Tensor | None]]
 
@@ -35,8 +42,13 @@ class JacobianProduct:
     is put aside meanwhile: fused attention, the fast path of `nn.MultiheadAttention` and
     `nn.TransformerEncoderLayer`, and the fused LSTM.
 
+    The first two take for constant what the backward takes for constant: what is detached, what is
+    computed under `torch.no_grad()`, `torch.set_grad_enabled(False)` or `torch.inference_mode()`,
+    and rows at a `padding_idx`. Differences see the function alone, in which all of these move but
+    the padding rows of embedding modules whose table no other module uses.
+
     Args:
-        model: the module, looked through for what needs such care.
+        model: the module that is run, looked through for what needs such care.
 
     Attributes:
         method: the way that worked last: "forward", "two_vjps" or "differences".
@@ -56,11 +68,9 @@ class JacobianProduct:
 
     def __init__(self, model: nn.Module) -> None:
         self.method = "forward"
+        self._model = model
         modules = list(model.modules())
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in modules)
-        self._padding, tied = _padding_rows(model)
-        if tied:  # forward mode would move the padding row through the table, too
-            self.method, self._padding = "two_vjps", {}
         self._fast_path = any(
             isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer)
             for module in modules
@@ -72,7 +82,7 @@ class JacobianProduct:
         """Outputs and their changes.
 
         Args:
-            run: the model as a function of some of its parameters, its output as a list.
+            run: the model as a function of any of its parameters, its output as a list.
             parameters: where to differentiate.
             direction: ``u``, in the shapes of these parameters; those it lacks stand still.
 
@@ -93,14 +103,17 @@ class JacobianProduct:
             tensor([[1.],
                     [1.]])
         """
-        moving = {name: parameters[name].detach() for name in direction}
-        direction = {
-            name: _without_row(u, self._padding[name]) if name in self._padding else u
-            for name, u in direction.items()
-        }
+        with torch.inference_mode(False):  # in which nothing is differentiated
+            direction = {name: _differentiable(u) for name, u in direction.items()}
+            return self._product(run, parameters, direction)
+
+    def _product(
+        self, run: Run, parameters: Mapping[str, Tensor], direction: Mapping[str, Tensor]
+    ) -> Any:
+        moving = {name: _differentiable(parameters[name]) for name in direction}
         if self.method == "forward":
             try:
-                return self._forward(run, moving, direction)
+                return self._forward(run, moving, direction, self._still(parameters, direction))
             except RuntimeError as error:
                 if ran_out_of_memory(error):
                     raise
@@ -117,23 +130,43 @@ class JacobianProduct:
                 self.method = "differences"
         return self._differences(run, moving, direction)
 
-    def _forward(self, run: Run, at: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> Any:
+    def _still(
+        self, parameters: Mapping[str, Tensor], direction: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The model's parameters that stand still, such that none of them makes a graph."""
+        moving = {id(parameters[name]) for name in direction}
+        return {
+            name: p.detach()
+            for name, p in self._model.named_parameters()
+            if p.requires_grad and id(p) not in moving and name not in direction
+        }
+
+    def _forward(
+        self,
+        run: Run,
+        at: Mapping[str, Tensor],
+        direction: Mapping[str, Tensor],
+        still: Mapping[str, Tensor],
+    ) -> Any:
         _load_forward_formulas()
-        with torch.no_grad(), forward_ad.dual_level(), self._plain_kernels():
+        # Gradients are on, to tell what the model takes for constant; nothing here requires any.
+        with torch.enable_grad(), forward_ad.dual_level(), self._plain_kernels():
             duals = {
                 name: forward_ad.make_dual(tensor, direction[name].to(tensor.dtype))
                 for name, tensor in at.items()
             }
+            with _ConstantsOfTheBackward():
+                found = run({**still, **duals})
             outputs: list[Tensor | None] = []
             changes: list[Tensor | None] = []
-            for output in run(duals):
+            for output in found:
                 if output is None:
                     outputs.append(None)
                     changes.append(None)
                     continue
-                primal, tangent = forward_ad.unpack_dual(output)
-                outputs.append(primal)
-                changes.append(torch.zeros_like(primal) if tangent is None else tangent)
+                dual = forward_ad.unpack_dual(output)
+                outputs.append(dual.primal.detach())
+                changes.append(_or_zeros(dual.tangent, outputs[-1]))
         return outputs, changes
 
     def _two_vjps(self, run: Run, at: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> Any:
@@ -171,6 +204,11 @@ class JacobianProduct:
     def _differences(
         self, run: Run, at: Mapping[str, Tensor], direction: Mapping[str, Tensor]
     ) -> Any:
+        padding = _padding_rows(self._model)
+        direction = {
+            name: _without_row(u, padding[name]) if name in padding else u
+            for name, u in direction.items()
+        }
         with torch.no_grad():
             outputs = run(at)
             step = relative_step(
@@ -271,8 +309,78 @@ def curvature_along(
     return (along * potential.hessian_product(rows, along)).sum(-1).mean()
 
 
-def _padding_rows(model: nn.Module) -> tuple[dict[str, int], bool]:
-    """Rows of embeddings that have no gradient, by the table's name; whether a table is tied."""
+class _ConstantsOfTheBackward(TorchFunctionMode):
+    """Keeps tangents from what autograd has no gradients of, which forward mode alone would move.
+
+    Forward mode heeds `detach` and `torch.inference_mode`, but not the grad mode, not even for
+    views, and no padding rows.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stopped = False
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        if self._stopped or _in_inference_mode():
+            result = _without_views(result, args, kwargs)
+        if func is _embedding:
+            _stop_padding(result, *args, **(kwargs or {}))
+        elif func is _set_grad_enabled:
+            self._follow(args[0])
+        return result
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        self._follow(True)
+
+    def _follow(self, grad: bool) -> None:
+        """Stop tangents where gradients stop, but where they are stopped by others."""
+        if self._stopped if grad else torch._C._is_fwd_grad_enabled():
+            torch._C._set_fwd_grad_enabled(grad)
+            self._stopped = not grad
+
+
+def _without_views(result: Any, args: Any, kwargs: Any) -> Any:
+    """New views cut off from what they are of: they would take its tangent when next used."""
+    if not any(isinstance(leaf, Tensor) and leaf._is_view() for leaf in tree_leaves(result)):
+        return result  # as it is: a torch.Size, say, would come back as a tuple
+    given = {id(leaf) for leaf in tree_leaves((args, kwargs))}
+    return tree_map(
+        lambda leaf: (
+            leaf.detach()
+            if isinstance(leaf, Tensor) and leaf._is_view() and id(leaf) not in given
+            else leaf
+        ),
+        result,
+    )
+
+
+def _stop_padding(
+    result: Tensor,
+    inputs: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    *_: Any,
+    **__: Any,
+) -> None:
+    """Let the rows that `F.embedding` has no gradient of stand still."""
+    if padding_idx is None:
+        return
+    tangent = forward_ad.unpack_dual(result).tangent
+    if tangent is not None:
+        row = padding_idx % len(weight)  # negative ones count from the end
+        tangent.masked_fill_((inputs == row).unsqueeze(-1), 0)
+
+
+def _padding_rows(model: nn.Module) -> dict[str, int]:
+    """Rows of embeddings that have no gradient, by the table's name; none of tied tables."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -281,8 +389,7 @@ def _padding_rows(model: nn.Module) -> tuple[dict[str, int], bool]:
         for module in model.modules()
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None
     }
-    tied = any(len(names.get(table, ())) > 1 for table in rows)
-    return {names[table][0]: row for table, row in rows.items() if table in names}, tied
+    return {names[table][0]: row for table, row in rows.items() if len(names.get(table, ())) == 1}
 
 
 def _without_row(direction: Tensor, row: int) -> Tensor:
@@ -329,10 +436,15 @@ def _load_forward_formulas() -> None:
         importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
+def _differentiable(tensor: Tensor) -> Tensor:
+    """Without its graph, and not of inference mode, whose tensors have no derivatives."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
 def _present(output: Tensor | None) -> Tensor:
     assert output is not None, "the model returned other tensors than before"
     return output
 
 
-def _or_zeros(change: Tensor | None, output: Tensor) -> Tensor:
-    return torch.zeros_like(output) if change is None else change.detach()
+def _or_zeros(change: Tensor | None, output: Tensor | None) -> Tensor:
+    return torch.zeros_like(_present(output)) if change is None else change.detach()

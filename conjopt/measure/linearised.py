@@ -87,7 +87,7 @@ class Linearised:
         self._replay = Replay(model, args, kwargs, Replay.random_state(model))
         self._model = model
         self._product = JacobianProduct(model)
-        with torch.enable_grad(), plain_kernels(model):
+        with torch.inference_mode(False), torch.enable_grad(), plain_kernels(model):
             leaves = self._replay.run({})
         if len(leaves) != 1 or leaves[0] is None:
             raise _several(model, len(leaves))
@@ -126,7 +126,8 @@ class Linearised:
         if not self._graph.requires_grad:
             return self.zero
         parameters = list(self._parameters.values())
-        with plain_kernels(self._model), without_multi_grad_hooks(parameters):
+        off = torch.inference_mode(False)
+        with off, plain_kernels(self._model), without_multi_grad_hooks(parameters):
             products = torch.autograd.grad(
                 self._graph,
                 parameters,
@@ -168,7 +169,7 @@ class Linearised:
     def solve(self, product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Ritz:
         """Run `lanczos`; again without forward mode where it is not the transpose of the backward.
 
-        So it is with the `padding_idx` of embeddings, which the backward alone respects.
+        So it is with a function of the user's whose `jvp` is not that of its `backward`.
         """
         ritz = lanczos(product, start, steps=steps)
         if self._product.method == "forward" and self._agreement.fails():

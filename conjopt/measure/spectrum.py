@@ -251,7 +251,7 @@ def sample_top_eigenvalues(
     if steps < 1:
         raise ValueError(f"Got steps={steps}: expected at least 1 product; 15 is the default.")
     trainable(model)
-    with plain_kernels(model):
+    with torch.inference_mode(False), plain_kernels(model):
         tape = Tape(model, inputs)
         outputs = tape.only_output()
         project = Projection(None if potential is None else _checked(potential), outputs)
