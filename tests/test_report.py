@@ -124,6 +124,22 @@ def test_a_missing_number_is_no_nan():
     assert run.latest == {"step": 3, "a": None, "b": pytest.approx(math.nan, nan_ok=True), "c": 1}
 
 
+@pytest.mark.parametrize("block", [1, 3, 1000])
+def test_a_text_among_numbers_leaves_out_no_more_than_itself(block):
+    records = [{"step": i, "test_accuracy": i / 10, "note": "a"} for i in range(10)]
+    for place, value in ((0, "pending"), (4, [1]), (9, "failed")):
+        records[place]["test_accuracy"] = value
+    found = Digest()
+    for start in range(0, len(records), block):
+        found.add(records[start : start + block])
+    (run,) = found.runs
+    assert list(run.series) == ["test_accuracy"]
+    series = run.series["test_accuracy"]
+    assert series.x.tolist() == [1, 2, 3, 5, 6, 7, 8]
+    assert series.y.tolist() == [0.1, 0.2, 0.3, 0.5, 0.6, 0.7, 0.8]
+    assert (series.count, series.bad) == (7, {})
+
+
 def test_numbers_that_no_float_can_hold_and_values_of_other_kinds():
     found = of([{"step": 1, "a": 10**400, "b": [1], "c": {}, "run": [1], "limited_by": []}])
     (run,) = found.runs

@@ -27,6 +27,7 @@ MOST = 1e15  # of a step; what is more is none
 BLOCK = 4096  # records that are taken in at once
 PARTS = 20  # times that the steps of a run go back before it is taken as it comes
 NONE = (None,) * len(LABELS)
+NUMBERS = {float, int, bool}
 SERIES = 1000  # of all runs together; more are counted and left out
 
 Record = dict[str, Value]
@@ -196,8 +197,11 @@ class Digest:
             if key.startswith("conditions/"):
                 self._condition(run, key, column, x)
                 continue
-            if not set(map(type, column)) <= {float, int, bool, type(None)}:
-                continue  # text
+            kinds = set(map(type, column))
+            if not kinds <= NUMBERS | {type(None)}:  # text, or a text among numbers
+                if kinds.isdisjoint(NUMBERS):
+                    continue
+                column = [value if type(value) in NUMBERS else None for value in column]
             numbers = _numbers(column)
             there = ~np.isnan(numbers)
             if not there.all():
