@@ -626,8 +626,15 @@ def test_a_run_that_goes_on_from_a_checkpoint_keeps_the_marks_of_its_limits(bloc
     legend = page.split('id="step"')[1].split("</section>")[0].split('<ul class="legend">')[1]
     names = re.findall(r"</svg>([^<]*)</li>", legend)
     assert names == [
-        "edge", "Polyak cap", "set by edge", "set by trust region", "set by Polyak cap"
+        "edge", "Polyak cap", "part 1", "part 2",
+        "set by edge", "set by trust region", "set by Polyak cap",
     ]  # fmt: skip
+    drawn = page.split('id="step"')[1].split('<ul class="legend">')[0]
+    lines = re.findall(r'<path class="(l part d\d)" d="([^"]*)"/>', drawn)
+    assert [(style, line.count("M")) for style, line in lines] == [
+        ("l part d0", 1), ("l part d1", 1)
+    ]  # fmt: skip
+    assert all(f'<path class="{style}" d="M1 6H33"/>' in legend for style, _ in lines)
     axes = {axes.get_title(loc="left"): axes for axes in plot(records).axes}["step size"]
     assert [n for n in axes.get_legend_handles_labels()[1] if n.startswith("set")] == [
         "set by edge", "set by trust region", "set by Polyak cap"

@@ -65,6 +65,7 @@ svg text { font-size: 12px; fill: var(--muted); }
 .axis { stroke: var(--axis); stroke-width: 1; }
 .l { fill: none; stroke-width: 1.7; stroke-linejoin: round; stroke-linecap: round; }
 .faint { stroke-width: 1.1; opacity: .75; }
+.part { stroke: var(--muted); stroke-width: 1.2; }
 .m { stroke: var(--card); stroke-width: .7; }
 .bad { fill: none; stroke: var(--ink); stroke-width: 1.5; }
 .unknown { fill: var(--axis); } .holds { fill: var(--holds); } .fails { fill: var(--fails); }
@@ -243,7 +244,7 @@ def _legend(one: Chart) -> str:
         if len(one.lines) > 1:
             named: dict[int, tuple[str, Any]] = {}
             for line in one.lines:
-                if not line.limits:
+                if not line.limits or line.group:
                     named.setdefault(line.style, (line.group or line.name, line))
             items = [f"{sample(line)}{clean(text)}" for text, line in named.values()]
         # Parts of one run share the codes, of which the last part has all.
