@@ -190,6 +190,54 @@ def test_a_loop_that_counts_from_zero_beside_an_optimizer_that_counts_from_one(b
     assert [run.records for run in found.runs] == [12, 8]
 
 
+def in_blocks(records, block):
+    found = Digest()
+    for start in range(0, len(records), block):
+        found.add(records[start : start + block])
+    return found
+
+
+@pytest.mark.parametrize("block", [1, 7, 1000])
+def test_numbers_of_an_earlier_step_than_the_record_before_make_no_part(block):
+    # As those of a test that takes its time, whether or not each record has all keys.
+    for empty in ({}, {"loss": None}):
+        records = []
+        for step in range(1, 101):
+            records.append({"step": step, "loss": 1 / step, "phase": "train"})
+            if step % 10 == 0:
+                later = {"step": step - 5, "test_accuracy": step / 100, "phase": "test"}
+                records.append(later | empty)
+        found = in_blocks(records, block)
+        (run,) = found.runs
+        assert (run.first, run.last, run.records) == (1, 100, 110)
+        assert run.series["loss"].x.tolist() == list(range(1, 101))
+        assert run.series["test_accuracy"].x.tolist() == list(range(5, 100, 10))
+        found = in_blocks(records + records[55:], block)  # and goes on from a checkpoint
+        assert [run.records for run in found.runs] == [110, 55]
+        assert found.runs[1].series["test_accuracy"].x.tolist() == [55, 65, 75, 85, 95]
+
+
+@pytest.mark.parametrize("block", [1, 7, 1000])
+@pytest.mark.parametrize("first", [0, 1])
+def test_steps_that_begin_anew_in_each_epoch_are_counted_on(first, block):
+    one = []
+    for epoch in range(30):
+        for step in range(first, first + 10):
+            values = {"test_accuracy": 0.5} if step in (5, 5 - epoch % 3) else {}
+            one.append({"epoch": epoch, "step": step, "loss": 1.0} | values)
+            one.append(record(epoch * 10 + step + 1 - first))
+            one.append({"note": "without a step"})
+    found = in_blocks(one, block)
+    (run,) = found.runs
+    expected = range(first, first + 300)
+    loop = run.series["epoch"]
+    assert (loop.x.tolist(), loop.y.tolist()) == ([*expected], [i // 10 for i in range(300)])
+    assert run.series["step_size"].x.tolist() == list(range(1, 301))
+    assert run.records == 900
+    found = in_blocks(one + one[600:], block)  # and goes on from a checkpoint
+    assert [run.records for run in found.runs] == [900, 300]
+
+
 def test_steps_in_no_order_do_not_make_a_run_of_each():
     generator = np.random.default_rng(0)
     found = of([{"step": int(step), "loss": 1.0} for step in generator.integers(0, 1000, 5000)])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from conjopt.report.history import History
 from conjopt.report.lines import Lines, Value, one_in
@@ -57,8 +58,8 @@ class Run:
         style: its name without seed and number, for runs that are to look alike.
         x: "step", or "epoch" where no steps were recorded, or "record" where no epochs either.
         records: how many.
-        first: the first step.
-        last: the last one.
+        first: the least step.
+        last: the greatest one.
         latest: the last value of each quantity, of the first ones that it has.
         series: quantity to its numbers.
         limits: in the order of their codes, what set the step, to how often.
@@ -78,9 +79,15 @@ class Run:
     limits: dict[str, int] = dataclasses.field(default_factory=dict)
     conditions: dict[str, Condition] = dataclasses.field(default_factory=dict)
     taken: tuple[float, int] | None = None
-    # The last step of records that an optimizer wrote (True) and of those that a loop wrote, which
-    # may count from 0 where the other counts from 1.
-    steps: dict[bool, float] = dataclasses.field(default_factory=dict)
+    # Of each number which record had it last, and the step and the epoch of that; apart for those
+    # that an optimizer wrote (True) and those of a loop, which may count from 0 where the other
+    # counts from 1.
+    held: dict[tuple[bool, str], tuple[int, float, float]] = dataclasses.field(default_factory=dict)
+    # The greatest step of each of the two, and what to add to their steps: these may begin anew in
+    # each epoch.
+    most: dict[bool, float] = dataclasses.field(default_factory=dict)
+    ahead: dict[bool, float] = dataclasses.field(default_factory=dict)
+    at: float = 0.0  # where the last record was drawn
 
     @property
     def skipped(self) -> int:
@@ -161,29 +168,36 @@ class Digest:
                 continue
             parts = self._runs.setdefault(labels, [_run(labels, 1)])
             of_run = list(group)
-            x, steps = _steps(of_run, parts[-1])
-            own = np.zeros(len(of_run), dtype=bool)
-            if "limited_by" in keys:
-                own = np.array(["limited_by" in record for record in of_run])
+            placing = _placing(of_run, parts[-1])
             start = 0
-            for end in _breaks(steps, own, parts[-1].steps):
-                if len(parts) < PARTS and (end or parts[-1].records):
-                    self._add(parts[-1], of_run[start:end], steps[start:end], own[start:end], x)
+            for place, own, ahead in _backs(of_run, placing, parts[-1]):
+                if ahead is None and len(parts) == PARTS:
+                    continue
+                piece = slice(start, place)
+                self._add(parts[-1], of_run[piece], placing[piece])
+                start = place
+                if ahead is None:
                     parts.append(_part(labels, parts))
-                    start = end
-            self._add(parts[-1], of_run[start:], steps[start:], own[start:], x)
+                    continue
+                run = parts[-1]
+                run.ahead[own] = run.ahead.get(own, 0.0) + ahead
+                run.held = {key: at for key, at in run.held.items() if key[0] != own}
+                run.most.pop(own, None)
+            self._add(parts[-1], of_run[start:], placing[slice(start, None)])
             self.latest = parts[-1]
 
-    def _add(self, run: Run, records: list[Record], steps: Numbers, own: Any, name: str) -> None:
+    def _add(self, run: Run, records: list[Record], placing: _Placing) -> None:
         if not records:
             return
-        x = _places(steps, run, name)
-        for kind in (True, False):
-            if (of_kind := x[own == kind]).size:
-                run.steps[kind] = float(of_kind[-1])
-        run.first = float(x[0]) if not run.records else run.first
+        x = _places(placing, run)
+        run.first = min(float(x.min()), run.first if run.records else np.inf)
+        run.last = max(float(x.max()), run.last if run.records else -np.inf)
         run.records += len(records)
-        run.last = float(x[-1])
+        run.at = float(x[-1])
+        for own in (True, False):
+            steps = placing.steps[placing.own == own]
+            if np.isfinite(steps).any():
+                run.most[own] = max(float(np.nanmax(steps)), run.most.get(own, -np.inf))
         columns = _columns(records)
         code = self._limits(run, columns["limited_by"]) if "limited_by" in columns else None
         if code is not None and "skipped_steps" in columns:
@@ -209,6 +223,8 @@ class Digest:
             if there.any() and (series := self._of(run, key)) is not None:
                 with_it = code if key == "step_size" else None
                 series.add(x[there], numbers[there], None if with_it is None else with_it[there])
+                if key != "epoch":
+                    _hold(run, key, there, placing)
 
     def _of(self, run: Run, key: str) -> Series | None:
         if key not in run.series:
@@ -371,14 +387,35 @@ def _number(value: object) -> float:
         return np.inf if isinstance(value, int) and value > 0 else -np.inf
 
 
-def _steps(records: list[Record], run: Run) -> tuple[str, Numbers]:
-    """Name and numbers of what records are placed by: steps, or epochs where there are none."""
+@dataclasses.dataclass
+class _Placing:
+    """What places records: steps, or epochs where there are none.
+
+    Attributes:
+        name: of what the numbers are.
+        steps: (n,) NaN for none.
+        epochs: (n,) NaN for none.
+        own: (n,) whether an optimizer wrote the record.
+    """
+
+    name: str
+    steps: Numbers
+    epochs: Numbers
+    own: NDArray[np.bool_]
+
+    def __getitem__(self, piece: slice) -> _Placing:
+        return _Placing(self.name, self.steps[piece], self.epochs[piece], self.own[piece])
+
+
+def _placing(records: list[Record], run: Run) -> _Placing:
+    every: dict[str, Numbers] = {}
     for name in ("step", "epoch"):
-        steps = _numbers([record.get(name) for record in records])
-        steps[np.abs(steps) > MOST] = np.nan
-        if run.x == "step" or np.isfinite(steps).any():
-            return name, steps
-    return "step", steps  # of which none is a number
+        every[name] = _numbers([record.get(name) for record in records])
+        every[name][np.abs(every[name]) > MOST] = np.nan
+    by_epoch = run.x != "step" and not np.isfinite(every["step"]).any()
+    name = "epoch" if by_epoch and np.isfinite(every["epoch"]).any() else "step"
+    own = np.array(["limited_by" in record for record in records], dtype=bool)
+    return _Placing(name, every[name], every["epoch"], own)
 
 
 def _see_taken(run: Run, limits: Sequence[Value], skipped: Sequence[Value], x: Numbers) -> None:
@@ -390,35 +427,81 @@ def _see_taken(run: Run, limits: Sequence[Value], skipped: Sequence[Value], x: N
             return
 
 
-def _places(steps: Numbers, run: Run, name: str) -> Numbers:
+def _places(placing: _Placing, run: Run) -> Numbers:
     """Where to draw records: at their steps, or where those before them are."""
-    known = np.isfinite(steps)
+    known = np.isfinite(placing.steps)
     if known.any():
-        run.x = name
+        run.x = placing.name
+    elif run.x == "record":
+        return np.arange(run.records, run.records + len(known), dtype=float)
+    steps = placing.steps
+    if run.ahead:
+        ahead = [run.ahead.get(own, 0.0) for own in (False, True)]
+        steps = steps + np.where(placing.own, ahead[True], ahead[False])
     if known.all():
         return steps
-    if run.x == "record":
-        return np.arange(run.records, run.records + len(steps), dtype=float)
-    before = run.last if run.records else float(steps[known][0])
+    before = run.at if run.records else float(steps[known][0])
     latest = np.maximum.accumulate(np.where(known, np.arange(len(steps)), -1))
     return np.where(latest < 0, before, steps[latest])
 
 
-def _breaks(steps: Numbers, own: Any, last: dict[bool, float]) -> list[int]:
-    """Where the steps go back, as in a run that was started again on the same file."""
-    found: set[int] = set()
-    before: dict[int, int] = {}
+def _hold(run: Run, key: str, there: NDArray[np.bool_], placing: _Placing) -> None:
+    """Keep where a number was last."""
+    places = np.flatnonzero(there & np.isfinite(placing.steps))
+    own = placing.own[places]
     for kind in (True, False):
-        places = np.flatnonzero((own == kind) & np.isfinite(steps))
-        if not places.size:
-            continue
-        of_kind = np.concatenate([[last.get(kind, -np.inf)], steps[places]])
-        back = np.flatnonzero(np.diff(of_kind) < 0)
-        found.update(places[back].tolist())
-        before.update((int(places[i]), int(places[i - 1]) if i else -1) for i in back)
-    breaks: list[int] = []
-    for place in sorted(found):
-        # The other kind of records goes back in its turn, after the same break.
-        if not breaks or before[place] >= breaks[-1]:
-            breaks.append(place)
-    return breaks
+        if (of_kind := places[own == kind]).size:
+            last = int(of_kind[-1])
+            number = run.records - len(there) + last
+            run.held[kind, key] = number, float(placing.steps[last]), float(placing.epochs[last])
+
+
+def _backs(
+    records: list[Record], placing: _Placing, run: Run
+) -> list[tuple[int, bool, float | None]]:
+    """Where a number is of an earlier step than the last time that it was recorded.
+
+    Numbers that are recorded apart may well be of an earlier step than the record before, as those
+    of a test that took its time.
+
+    Returns:
+        the place of the first record after it; whether an optimizer wrote that; and what to add to
+        the steps from there on, as they begin anew in a later epoch, or None where they do in a run
+        that was started again on the same file.
+    """
+    steps = placing.steps
+    # Place and writer to the place before, negative for one before these records, and whether the
+    # epoch is a later one than there.
+    found: dict[tuple[int, bool], tuple[int, bool]] = {}
+    for own in (True, False):
+        places = np.flatnonzero((placing.own == own) & np.isfinite(steps))
+        if not (np.diff(steps[places], prepend=run.most.get(own, -np.inf)) < 0).any():
+            continue  # the usual case
+        for key, column in _columns([records[place] for place in places]).items():
+            if key in ("step", "epoch") or key in LABELS:
+                continue
+            of = places[[type(value) in NUMBERS for value in column]]
+            number, step, epoch = run.held.get((own, key), (0, -np.inf, np.nan))
+            numbers = np.concatenate([[number - run.records], of])
+            of_key = np.concatenate([[step], steps[of]])
+            epochs = np.concatenate([[epoch], placing.epochs[of]])
+            for i in np.flatnonzero(np.diff(of_key) < 0).tolist():
+                anew = bool(epochs[i + 1] > epochs[i] and of_key[i + 1] >= 0)
+                one = (int(numbers[i]), anew)
+                found[int(of[i]), own] = max(found.get((int(of[i]), own), one), one)
+    backs: list[tuple[int, bool, float | None]] = []
+    since = {True: -np.inf, False: -np.inf}
+    for (place, own), (before, anew) in sorted(found.items()):
+        if before < since[own]:
+            continue  # another number that goes back in its turn, after the same place
+        ahead = None
+        if anew:  # counted from 0 or from 1
+            stretch = slice(int(max(since[own], 0)), place)
+            passed = steps[stretch][placing.own[stretch] == own]
+            if since[own] < 0:
+                passed = np.append(passed, run.most.get(own, -np.inf))
+            ahead = float(np.nanmax(passed)) + float(steps[place] <= 0)
+        backs.append((place, own, ahead))
+        for kind in (own,) if anew else (True, False):
+            since[kind] = place
+    return backs
