@@ -290,10 +290,23 @@ def test_limits_and_conditions_are_counted_exactly(block):
 def test_series_beyond_a_number_are_left_out_and_told():
     found = of([{"step": 1} | {f"k{i}": 1.0 for i in range(1500)}])
     assert len(found.runs[0].series) == 1000
-    assert found.left_out == 500
     assert "500 series were left out" in " ".join(sentences(found))
     found = of([{"run": i, "loss": 1.0} for i in range(5000)])
     assert sum(len(run.series) for run in found.runs) <= 1000
+
+
+@pytest.mark.parametrize("block", [1, 100])
+def test_what_is_left_out_is_counted_once_and_by_its_name(block):
+    records = [{"run": i, "step": step, "loss": 1.0} for step in range(3) for i in range(300)]
+    told = sentences(in_blocks(records, block))
+    assert told[0] == "900 records of more than 201 runs."
+    assert told[-1] == "99 runs were left out: there are too many of them."
+    told = sentences(in_blocks(records[:202], block))
+    assert told[-1] == "1 run was left out: there are too many of them."
+    many = [{"step": step} | {f"k{i}": 1.0 for i in range(1001)} for step in range(3)]
+    assert "1 series was left out: there are too many of them." in sentences(in_blocks(many, block))
+    many = [{"run": i, "loss": 1.0} for i in range(12_000)]
+    assert "10,000 or more runs were left out" in sentences(in_blocks(many, 1000))[-1]
 
 
 @pytest.mark.slow
@@ -423,6 +436,31 @@ def test_a_file_of_another_kind_is_refused(tmp_path, use, content, match):
     with pytest.raises(ValueError, match=match):
         use(path)
     assert [p.name for p in tmp_path.iterdir()] == ["history.jsonl"]
+
+
+@pytest.mark.parametrize("use", [digest, plot, lambda some: write_html(some, "unused.html")])
+def test_what_is_no_history_says_what_is_expected(tmp_path, use, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for other in (None, 3, b"history.jsonl"):
+        with pytest.raises(TypeError, match=rf"got a {type(other).__name__} as history, expected"):
+            use(other)
+    with pytest.raises(TypeError, match=r"got a dict as history.*a list of records.*list of one"):
+        use({"step": 1})
+    for one in (tmp_path, "history.jsonl", History()):
+        with pytest.raises(TypeError, match=rf"a {type(one).__name__} in it.*give one history"):
+            use([one])
+    with pytest.raises(TypeError, match=r"a tuple in it, expected dicts whose keys are strings$"):
+        use([{"step": 1}, ("step", 2)])
+    with pytest.raises(TypeError, match="with the key 1 in it, expected dicts whose keys are str"):
+        use([{1: 2.0}])
+    with pytest.raises(ValueError, match="got an empty path; give a history"):
+        use("")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_page_without_a_file_is_refused():
+    with pytest.raises(TypeError, match="got a NoneType as file, expected the path of the page"):
+        write_html([record(1)], None)
 
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import operator
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ PARTS = 20  # times that the steps of a run go back before it is taken as it com
 NONE = (None,) * len(LABELS)
 NUMBERS = {float, int, bool}
 SERIES = 1000  # of all runs together; more are counted and left out
+COUNTED = 10_000  # of what is left out, at most
 
 Record = dict[str, Value]
 
@@ -120,7 +121,7 @@ class Digest:
         runs: in order of appearance.
         cut: whether the file ends in the middle of a line.
         every: one in so many records of the file came.
-        left_out: series that there were too many of.
+        left_out: series, and runs, that there were too many of, up to `COUNTED` of each.
         latest: the run of the last record.
 
     Example:
@@ -136,7 +137,7 @@ class Digest:
         self.records = 0
         self.cut = False
         self.every = 1
-        self.left_out = 0
+        self.left_out: dict[str, set[tuple[Any, ...]]] = {"series": set(), "run": set()}
         self.latest: Run | None = None
         self._runs: dict[tuple[Any, ...], list[Run]] = {}
         self._series = 0
@@ -164,7 +165,7 @@ class Digest:
             groups = itertools.groupby(records, _labels)
         for labels, group in groups:
             if labels not in self._runs and len(self._runs) * len(LABELS) > SERIES:
-                self.left_out += 1
+                self._leave_out("run", labels)
                 continue
             parts = self._runs.setdefault(labels, [_run(labels, 1)])
             of_run = list(group)
@@ -226,10 +227,14 @@ class Digest:
                 if key != "epoch":
                     _hold(run, key, there, placing)
 
+    def _leave_out(self, thing: str, which: tuple[Any, ...]) -> None:
+        if len(self.left_out[thing]) < COUNTED:
+            self.left_out[thing].add(which)
+
     def _of(self, run: Run, key: str) -> Series | None:
         if key not in run.series:
             if self._series >= SERIES:
-                self.left_out += 1
+                self._leave_out("series", (id(run), key))
                 return None
             self._series += 1
             run.series[key] = Series(self.points)
@@ -273,6 +278,7 @@ def digest(
         points: to keep of each series, at most.
 
     Raises:
+        TypeError: if the source is of another kind, or one of the records is.
         ValueError: see `History.read` and `run_file`.
         OSError: if it cannot be read.
 
@@ -296,10 +302,29 @@ def digest(
                 found.add(block)
             found.cut = lines.cut
         return found
+    if isinstance(source, Mapping | bytes) or not isinstance(source, Iterable):
+        hint = "; give one record as a list of one" if isinstance(source, Mapping) else ""
+        raise TypeError(
+            f"got a {type(source).__name__} as history, expected a conjopt.report.History, the "
+            f"path of one, or a list of records, each a dict{hint}"
+        )
     records = iter(source)
-    while some := [dict(record) for record in itertools.islice(records, BLOCK)]:
+    while some := [_record(one) for one in itertools.islice(records, BLOCK)]:
         found.add(some)
     return found
+
+
+def _record(one: object) -> Record:
+    if isinstance(one, Mapping) and all(isinstance(key, str) for key in one):
+        return dict(one)
+    what, hint = f"a {type(one).__name__}", ""
+    if isinstance(one, Mapping):
+        what = f"one with the key {next(key for key in one if not isinstance(key, str))!r}"
+    elif isinstance(one, str | os.PathLike | History):
+        hint = "; give one history, not a list of them"
+    raise TypeError(
+        f"got a list of records with {what} in it, expected dicts whose keys are strings{hint}"
+    )
 
 
 def run_file(path: str | os.PathLike[str]) -> Path:
@@ -310,7 +335,7 @@ def run_file(path: str | os.PathLike[str]) -> Path:
             ``*.jsonl``.
 
     Raises:
-        ValueError: if a folder has none of them, or several others.
+        ValueError: if a folder has none of them, or several others, or if the path is empty.
         OSError: if there is nothing at the path.
 
     Example:
@@ -320,6 +345,8 @@ def run_file(path: str | os.PathLike[str]) -> Path:
         >>> run_file(folder).name
         'my run.jsonl'
     """
+    if not os.fspath(path):
+        raise ValueError("got an empty path; give a history, or a folder that holds one")
     path = Path(path)
     if not path.is_dir():
         path.stat()  # says so if there is nothing

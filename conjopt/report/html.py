@@ -107,6 +107,8 @@ def write_html(
         title: of the page; None for the name of the run.
 
     Raises:
+        TypeError: if the history is of another kind, or one of the records is; or if the file is no
+            path.
         ValueError: if the history is of another schema or version, or damaged; or if the page would
             take the place of the history.
         OSError: if a file cannot be read or written.
@@ -121,6 +123,10 @@ def write_html(
         >>> page.count("<svg viewBox"), "://" in page
         (2, False)
     """
+    if not isinstance(file, str | os.PathLike):
+        raise TypeError(
+            f"write_html: got a {type(file).__name__} as file, expected the path of the page"
+        )
     path = history.path if isinstance(history, History) else history
     name = "Run"
     if isinstance(path, str | os.PathLike):
