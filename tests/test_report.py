@@ -587,7 +587,9 @@ def test_any_records_make_a_page(records):
 
 
 def test_any_magnitude_is_drawn():
-    for values in ([1e308, -1e308], [5e-324, 1e308], [1e-320] * 2, [0.0, 0.0], [-3.0, -3.0], [7.0]):
+    usual = ([0.0, 0.0], [-3.0, -3.0], [7.0])
+    least = ([1e-320] * 2, [-5e-324], [-5e-324, 1e-323, 0.0])
+    for values in ([1e308, -1e308], [5e-324, 1e308], *least, *usual):
         records = [{"step": i, "loss": v, "mine": v} for i, v in enumerate(values)]
         page = checked(page_module.page(of(records), "any"))
         assert "nan" not in "".join(re.findall(r' d="([^"]*)"', page))

@@ -300,7 +300,8 @@ def _scale(
         return to_y, []  # there is no number to read off
     if log:
         return to_y, _decades(low, high)
-    if all(map(math.isfinite, (low * size, high * size, (high - low) * size))):
+    wide = (high - low) * size
+    if wide > 1e-300 and all(map(math.isfinite, (low * size, high * size, wide))):
         return to_y, _nice(low * size, high * size, 5)
     return to_y, [t * size for t in _nice(low, high, 5)]
 
