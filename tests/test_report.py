@@ -488,6 +488,13 @@ def test_the_sentences_of_a_run():
     ]
 
 
+def test_a_share_is_not_told_as_none_or_all_unless_it_is():
+    limits = ["edge"] * 498 + ["trust region", "Polyak cap"]
+    told = sentences(of([record(i, limited_by=by) for i, by in enumerate(limits, start=1)]))
+    shares = "edge over 99 %, trust region under 1 %, Polyak cap under 1 %."
+    assert told[2].endswith(f"Over the records: {shares}")
+
+
 def test_a_loss_is_told_at_the_step_that_it_is_of():
     found = of([{"step": 1, "loss": 0.5}, {"step": 1000, "test_accuracy": 0.9}])
     assert sentences(found)[1] == "Loss 0.5 at step 1."

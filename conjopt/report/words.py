@@ -119,7 +119,7 @@ def _of_run(run: Run) -> list[str]:
         if total := sum(run.limits.values()):
             limits = [pair for pair in run.limits.items() if pair[1]]
             ordered = sorted(limits, key=lambda pair: -pair[1])
-            shares = ", ".join(f"{name} {100 * n / total:.0f} %" for name, n in ordered)
+            shares = ", ".join(f"{name} {_share(n, total)}" for name, n in ordered)
             told[-1] += f" Over the records: {shares}."
     return told + _troubles(run)
 
@@ -217,6 +217,14 @@ def _told(series: Series) -> str:
     assert series.last is not None
     value = series.last[1]
     return f"{value:.4g}" if math.isfinite(value) else BAD[str(value)]
+
+
+def _share(part: int, of: int) -> str:
+    """A part of a whole, of which neither 0 % nor 100 % is said unless it is so."""
+    percent = 100 * part / of
+    if 0 < percent < 1:
+        return "under 1 %"
+    return "over 99 %" if 99 < percent < 100 else f"{percent:.0f} %"
 
 
 def _place(x: float) -> str:
