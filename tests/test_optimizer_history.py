@@ -266,6 +266,10 @@ def test_a_step_that_is_recorded_cannot_be_captured():
 def test_what_is_no_history_is_refused(tmp_path):
     with pytest.raises(TypeError, match="got a list as history="):
         make(network(), history=[])
+    with pytest.raises(ValueError, match=r"got an empty path for a history; give a file"):
+        make(network(), history="")
+    with pytest.raises(IsADirectoryError, match=r"give a file, such as history\.jsonl in it"):
+        make(network(), history=tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="is no history"):
         make(network(), history=tmp_path / "notes.txt")

@@ -124,6 +124,22 @@ def test_a_missing_number_is_no_nan():
     assert run.latest == {"step": 3, "a": None, "b": pytest.approx(math.nan, nan_ok=True), "c": 1}
 
 
+@pytest.mark.parametrize("block", [1, 3, 1000])
+def test_a_text_among_numbers_leaves_out_no_more_than_itself(block):
+    records = [{"step": i, "test_accuracy": i / 10, "note": "a"} for i in range(10)]
+    for place, value in ((0, "pending"), (4, [1]), (9, "failed")):
+        records[place]["test_accuracy"] = value
+    found = Digest()
+    for start in range(0, len(records), block):
+        found.add(records[start : start + block])
+    (run,) = found.runs
+    assert list(run.series) == ["test_accuracy"]
+    series = run.series["test_accuracy"]
+    assert series.x.tolist() == [1, 2, 3, 5, 6, 7, 8]
+    assert series.y.tolist() == [0.1, 0.2, 0.3, 0.5, 0.6, 0.7, 0.8]
+    assert (series.count, series.bad) == (7, {})
+
+
 def test_numbers_that_no_float_can_hold_and_values_of_other_kinds():
     found = of([{"step": 1, "a": 10**400, "b": [1], "c": {}, "run": [1], "limited_by": []}])
     (run,) = found.runs
@@ -172,6 +188,54 @@ def test_a_loop_that_counts_from_zero_beside_an_optimizer_that_counts_from_one(b
     for start in range(0, len(records), block):
         found.add(records[start : start + block])
     assert [run.records for run in found.runs] == [12, 8]
+
+
+def in_blocks(records, block):
+    found = Digest()
+    for start in range(0, len(records), block):
+        found.add(records[start : start + block])
+    return found
+
+
+@pytest.mark.parametrize("block", [1, 7, 1000])
+def test_numbers_of_an_earlier_step_than_the_record_before_make_no_part(block):
+    # As those of a test that takes its time, whether or not each record has all keys.
+    for empty in ({}, {"loss": None}):
+        records = []
+        for step in range(1, 101):
+            records.append({"step": step, "loss": 1 / step, "phase": "train"})
+            if step % 10 == 0:
+                later = {"step": step - 5, "test_accuracy": step / 100, "phase": "test"}
+                records.append(later | empty)
+        found = in_blocks(records, block)
+        (run,) = found.runs
+        assert (run.first, run.last, run.records) == (1, 100, 110)
+        assert run.series["loss"].x.tolist() == list(range(1, 101))
+        assert run.series["test_accuracy"].x.tolist() == list(range(5, 100, 10))
+        found = in_blocks(records + records[55:], block)  # and goes on from a checkpoint
+        assert [run.records for run in found.runs] == [110, 55]
+        assert found.runs[1].series["test_accuracy"].x.tolist() == [55, 65, 75, 85, 95]
+
+
+@pytest.mark.parametrize("block", [1, 7, 1000])
+@pytest.mark.parametrize("first", [0, 1])
+def test_steps_that_begin_anew_in_each_epoch_are_counted_on(first, block):
+    one = []
+    for epoch in range(30):
+        for step in range(first, first + 10):
+            values = {"test_accuracy": 0.5} if step in (5, 5 - epoch % 3) else {}
+            one.append({"epoch": epoch, "step": step, "loss": 1.0} | values)
+            one.append(record(epoch * 10 + step + 1 - first))
+            one.append({"note": "without a step"})
+    found = in_blocks(one, block)
+    (run,) = found.runs
+    expected = range(first, first + 300)
+    loop = run.series["epoch"]
+    assert (loop.x.tolist(), loop.y.tolist()) == ([*expected], [i // 10 for i in range(300)])
+    assert run.series["step_size"].x.tolist() == list(range(1, 301))
+    assert run.records == 900
+    found = in_blocks(one + one[600:], block)  # and goes on from a checkpoint
+    assert [run.records for run in found.runs] == [900, 300]
 
 
 def test_steps_in_no_order_do_not_make_a_run_of_each():
@@ -226,10 +290,23 @@ def test_limits_and_conditions_are_counted_exactly(block):
 def test_series_beyond_a_number_are_left_out_and_told():
     found = of([{"step": 1} | {f"k{i}": 1.0 for i in range(1500)}])
     assert len(found.runs[0].series) == 1000
-    assert found.left_out == 500
     assert "500 series were left out" in " ".join(sentences(found))
     found = of([{"run": i, "loss": 1.0} for i in range(5000)])
     assert sum(len(run.series) for run in found.runs) <= 1000
+
+
+@pytest.mark.parametrize("block", [1, 100])
+def test_what_is_left_out_is_counted_once_and_by_its_name(block):
+    records = [{"run": i, "step": step, "loss": 1.0} for step in range(3) for i in range(300)]
+    told = sentences(in_blocks(records, block))
+    assert told[0] == "900 records of more than 201 runs."
+    assert told[-1] == "99 runs were left out: there are too many of them."
+    told = sentences(in_blocks(records[:202], block))
+    assert told[-1] == "1 run was left out: there are too many of them."
+    many = [{"step": step} | {f"k{i}": 1.0 for i in range(1001)} for step in range(3)]
+    assert "1 series was left out: there are too many of them." in sentences(in_blocks(many, block))
+    many = [{"run": i, "loss": 1.0} for i in range(12_000)]
+    assert "10,000 or more runs were left out" in sentences(in_blocks(many, 1000))[-1]
 
 
 @pytest.mark.slow
@@ -361,6 +438,31 @@ def test_a_file_of_another_kind_is_refused(tmp_path, use, content, match):
     assert [p.name for p in tmp_path.iterdir()] == ["history.jsonl"]
 
 
+@pytest.mark.parametrize("use", [digest, plot, lambda some: write_html(some, "unused.html")])
+def test_what_is_no_history_says_what_is_expected(tmp_path, use, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for other in (None, 3, b"history.jsonl"):
+        with pytest.raises(TypeError, match=rf"got a {type(other).__name__} as history, expected"):
+            use(other)
+    with pytest.raises(TypeError, match=r"got a dict as history.*a list of records.*list of one"):
+        use({"step": 1})
+    for one in (tmp_path, "history.jsonl", History()):
+        with pytest.raises(TypeError, match=rf"a {type(one).__name__} in it.*give one history"):
+            use([one])
+    with pytest.raises(TypeError, match=r"a tuple in it, expected dicts whose keys are strings$"):
+        use([{"step": 1}, ("step", 2)])
+    with pytest.raises(TypeError, match="with the key 1 in it, expected dicts whose keys are str"):
+        use([{1: 2.0}])
+    with pytest.raises(ValueError, match="got an empty path; give a history"):
+        use("")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_page_without_a_file_is_refused():
+    with pytest.raises(TypeError, match="got a NoneType as file, expected the path of the page"):
+        write_html([record(1)], None)
+
+
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="no regular file"):
@@ -384,6 +486,13 @@ def test_the_sentences_of_a_run():
         "C1 fails since step 4.",
         "Loss of the batch was NaN in 1 record, first at step 4.",
     ]
+
+
+def test_a_share_is_not_told_as_none_or_all_unless_it_is():
+    limits = ["edge"] * 498 + ["trust region", "Polyak cap"]
+    told = sentences(of([record(i, limited_by=by) for i, by in enumerate(limits, start=1)]))
+    shares = "edge over 99 %, trust region under 1 %, Polyak cap under 1 %."
+    assert told[2].endswith(f"Over the records: {shares}")
 
 
 def test_a_loss_is_told_at_the_step_that_it_is_of():
@@ -485,7 +594,9 @@ def test_any_records_make_a_page(records):
 
 
 def test_any_magnitude_is_drawn():
-    for values in ([1e308, -1e308], [5e-324, 1e308], [1e-320] * 2, [0.0, 0.0], [-3.0, -3.0], [7.0]):
+    usual = ([0.0, 0.0], [-3.0, -3.0], [7.0])
+    least = ([1e-320] * 2, [-5e-324], [-5e-324, 1e-323, 0.0])
+    for values in ([1e308, -1e308], [5e-324, 1e308], *least, *usual):
         records = [{"step": i, "loss": v, "mine": v} for i, v in enumerate(values)]
         page = checked(page_module.page(of(records), "any"))
         assert "nan" not in "".join(re.findall(r' d="([^"]*)"', page))
@@ -610,8 +721,15 @@ def test_a_run_that_goes_on_from_a_checkpoint_keeps_the_marks_of_its_limits(bloc
     legend = page.split('id="step"')[1].split("</section>")[0].split('<ul class="legend">')[1]
     names = re.findall(r"</svg>([^<]*)</li>", legend)
     assert names == [
-        "edge", "Polyak cap", "set by edge", "set by trust region", "set by Polyak cap"
+        "edge", "Polyak cap", "part 1", "part 2",
+        "set by edge", "set by trust region", "set by Polyak cap",
     ]  # fmt: skip
+    drawn = page.split('id="step"')[1].split('<ul class="legend">')[0]
+    lines = re.findall(r'<path class="(l part d\d)" d="([^"]*)"/>', drawn)
+    assert [(style, line.count("M")) for style, line in lines] == [
+        ("l part d0", 1), ("l part d1", 1)
+    ]  # fmt: skip
+    assert all(f'<path class="{style}" d="M1 6H33"/>' in legend for style, _ in lines)
     axes = {axes.get_title(loc="left"): axes for axes in plot(records).axes}["step size"]
     assert [n for n in axes.get_legend_handles_labels()[1] if n.startswith("set")] == [
         "set by edge", "set by trust region", "set by Polyak cap"

@@ -57,6 +57,19 @@ def test_orders_to_the_terminal_are_not_passed_on(tmp_path, capsys):
     assert out.count("\n") == 2
 
 
+def test_a_number_and_its_percent_sign_stay_on_one_line(tmp_path, capsys):
+    for length in range(1, 40):
+        path = tmp_path / f"{length}.jsonl"
+        write(path, [1], step_size=0.5, limited_by="x" * length)
+        write(path, [2, 3], step_size=0.5, limited_by="edge")
+        assert main(["report", str(path)]) == 0
+        out = capsys.readouterr().out
+        assert "67 %" in out
+        assert "33 %" in out
+        assert max(map(len, out.splitlines())) <= 100
+        assert "\N{NO-BREAK SPACE}" not in out
+
+
 # Refusals
 
 

@@ -16,6 +16,7 @@ from conjopt.report.words import HINT, counted, headline, sentences
 __all__ = ["ReportError", "run"]
 
 POLL = 1.0  # seconds from one look at a growing file to the next
+UNBROKEN = "\N{NO-BREAK SPACE}"  # of which none is left in text that is printed
 
 
 class ReportError(Exception):
@@ -144,5 +145,7 @@ def _say(*told: str, width: int | None = 100) -> None:
         encoding = sys.stdout.encoding or "utf-8"
         kept = kept.encode(encoding, "replace").decode(encoding)
         if width is not None:
+            kept = kept.replace(" %", f"{UNBROKEN}%")  # a number and its % stay on one line
             kept = textwrap.fill(kept, width, break_long_words=False, break_on_hyphens=False)
+            kept = kept.replace(UNBROKEN, " ")
         print(kept, flush=True)

@@ -8,11 +8,12 @@ import dataclasses
 import itertools
 import operator
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from conjopt.report.history import History
 from conjopt.report.lines import Lines, Value, one_in
@@ -27,7 +28,9 @@ MOST = 1e15  # of a step; what is more is none
 BLOCK = 4096  # records that are taken in at once
 PARTS = 20  # times that the steps of a run go back before it is taken as it comes
 NONE = (None,) * len(LABELS)
+NUMBERS = {float, int, bool}
 SERIES = 1000  # of all runs together; more are counted and left out
+COUNTED = 10_000  # of what is left out, at most
 
 Record = dict[str, Value]
 
@@ -56,8 +59,8 @@ class Run:
         style: its name without seed and number, for runs that are to look alike.
         x: "step", or "epoch" where no steps were recorded, or "record" where no epochs either.
         records: how many.
-        first: the first step.
-        last: the last one.
+        first: the least step.
+        last: the greatest one.
         latest: the last value of each quantity, of the first ones that it has.
         series: quantity to its numbers.
         limits: in the order of their codes, what set the step, to how often.
@@ -77,9 +80,15 @@ class Run:
     limits: dict[str, int] = dataclasses.field(default_factory=dict)
     conditions: dict[str, Condition] = dataclasses.field(default_factory=dict)
     taken: tuple[float, int] | None = None
-    # The last step of records that an optimizer wrote (True) and of those that a loop wrote, which
-    # may count from 0 where the other counts from 1.
-    steps: dict[bool, float] = dataclasses.field(default_factory=dict)
+    # Of each number which record had it last, and the step and the epoch of that; apart for those
+    # that an optimizer wrote (True) and those of a loop, which may count from 0 where the other
+    # counts from 1.
+    held: dict[tuple[bool, str], tuple[int, float, float]] = dataclasses.field(default_factory=dict)
+    # The greatest step of each of the two, and what to add to their steps: these may begin anew in
+    # each epoch.
+    most: dict[bool, float] = dataclasses.field(default_factory=dict)
+    ahead: dict[bool, float] = dataclasses.field(default_factory=dict)
+    at: float = 0.0  # where the last record was drawn
 
     @property
     def skipped(self) -> int:
@@ -112,7 +121,7 @@ class Digest:
         runs: in order of appearance.
         cut: whether the file ends in the middle of a line.
         every: one in so many records of the file came.
-        left_out: series that there were too many of.
+        left_out: series, and runs, that there were too many of, up to `COUNTED` of each.
         latest: the run of the last record.
 
     Example:
@@ -128,7 +137,7 @@ class Digest:
         self.records = 0
         self.cut = False
         self.every = 1
-        self.left_out = 0
+        self.left_out: dict[str, set[tuple[Any, ...]]] = {"series": set(), "run": set()}
         self.latest: Run | None = None
         self._runs: dict[tuple[Any, ...], list[Run]] = {}
         self._series = 0
@@ -156,33 +165,40 @@ class Digest:
             groups = itertools.groupby(records, _labels)
         for labels, group in groups:
             if labels not in self._runs and len(self._runs) * len(LABELS) > SERIES:
-                self.left_out += 1
+                self._leave_out("run", labels)
                 continue
             parts = self._runs.setdefault(labels, [_run(labels, 1)])
             of_run = list(group)
-            x, steps = _steps(of_run, parts[-1])
-            own = np.zeros(len(of_run), dtype=bool)
-            if "limited_by" in keys:
-                own = np.array(["limited_by" in record for record in of_run])
+            placing = _placing(of_run, parts[-1])
             start = 0
-            for end in _breaks(steps, own, parts[-1].steps):
-                if len(parts) < PARTS and (end or parts[-1].records):
-                    self._add(parts[-1], of_run[start:end], steps[start:end], own[start:end], x)
+            for place, own, ahead in _backs(of_run, placing, parts[-1]):
+                if ahead is None and len(parts) == PARTS:
+                    continue
+                piece = slice(start, place)
+                self._add(parts[-1], of_run[piece], placing[piece])
+                start = place
+                if ahead is None:
                     parts.append(_part(labels, parts))
-                    start = end
-            self._add(parts[-1], of_run[start:], steps[start:], own[start:], x)
+                    continue
+                run = parts[-1]
+                run.ahead[own] = run.ahead.get(own, 0.0) + ahead
+                run.held = {key: at for key, at in run.held.items() if key[0] != own}
+                run.most.pop(own, None)
+            self._add(parts[-1], of_run[start:], placing[slice(start, None)])
             self.latest = parts[-1]
 
-    def _add(self, run: Run, records: list[Record], steps: Numbers, own: Any, name: str) -> None:
+    def _add(self, run: Run, records: list[Record], placing: _Placing) -> None:
         if not records:
             return
-        x = _places(steps, run, name)
-        for kind in (True, False):
-            if (of_kind := x[own == kind]).size:
-                run.steps[kind] = float(of_kind[-1])
-        run.first = float(x[0]) if not run.records else run.first
+        x = _places(placing, run)
+        run.first = min(float(x.min()), run.first if run.records else np.inf)
+        run.last = max(float(x.max()), run.last if run.records else -np.inf)
         run.records += len(records)
-        run.last = float(x[-1])
+        run.at = float(x[-1])
+        for own in (True, False):
+            steps = placing.steps[placing.own == own]
+            if np.isfinite(steps).any():
+                run.most[own] = max(float(np.nanmax(steps)), run.most.get(own, -np.inf))
         columns = _columns(records)
         code = self._limits(run, columns["limited_by"]) if "limited_by" in columns else None
         if code is not None and "skipped_steps" in columns:
@@ -196,8 +212,11 @@ class Digest:
             if key.startswith("conditions/"):
                 self._condition(run, key, column, x)
                 continue
-            if not set(map(type, column)) <= {float, int, bool, type(None)}:
-                continue  # text
+            kinds = set(map(type, column))
+            if not kinds <= NUMBERS | {type(None)}:  # text, or a text among numbers
+                if kinds.isdisjoint(NUMBERS):
+                    continue
+                column = [value if type(value) in NUMBERS else None for value in column]
             numbers = _numbers(column)
             there = ~np.isnan(numbers)
             if not there.all():
@@ -205,11 +224,17 @@ class Digest:
             if there.any() and (series := self._of(run, key)) is not None:
                 with_it = code if key == "step_size" else None
                 series.add(x[there], numbers[there], None if with_it is None else with_it[there])
+                if key != "epoch":
+                    _hold(run, key, there, placing)
+
+    def _leave_out(self, thing: str, which: tuple[Any, ...]) -> None:
+        if len(self.left_out[thing]) < COUNTED:
+            self.left_out[thing].add(which)
 
     def _of(self, run: Run, key: str) -> Series | None:
         if key not in run.series:
             if self._series >= SERIES:
-                self.left_out += 1
+                self._leave_out("series", (id(run), key))
                 return None
             self._series += 1
             run.series[key] = Series(self.points)
@@ -253,6 +278,7 @@ def digest(
         points: to keep of each series, at most.
 
     Raises:
+        TypeError: if the source is of another kind, or one of the records is.
         ValueError: see `History.read` and `run_file`.
         OSError: if it cannot be read.
 
@@ -276,10 +302,29 @@ def digest(
                 found.add(block)
             found.cut = lines.cut
         return found
+    if isinstance(source, Mapping | bytes) or not isinstance(source, Iterable):
+        hint = "; give one record as a list of one" if isinstance(source, Mapping) else ""
+        raise TypeError(
+            f"got a {type(source).__name__} as history, expected a conjopt.report.History, the "
+            f"path of one, or a list of records, each a dict{hint}"
+        )
     records = iter(source)
-    while some := [dict(record) for record in itertools.islice(records, BLOCK)]:
+    while some := [_record(one) for one in itertools.islice(records, BLOCK)]:
         found.add(some)
     return found
+
+
+def _record(one: object) -> Record:
+    if isinstance(one, Mapping) and all(isinstance(key, str) for key in one):
+        return dict(one)
+    what, hint = f"a {type(one).__name__}", ""
+    if isinstance(one, Mapping):
+        what = f"one with the key {next(key for key in one if not isinstance(key, str))!r}"
+    elif isinstance(one, str | os.PathLike | History):
+        hint = "; give one history, not a list of them"
+    raise TypeError(
+        f"got a list of records with {what} in it, expected dicts whose keys are strings{hint}"
+    )
 
 
 def run_file(path: str | os.PathLike[str]) -> Path:
@@ -290,7 +335,7 @@ def run_file(path: str | os.PathLike[str]) -> Path:
             ``*.jsonl``.
 
     Raises:
-        ValueError: if a folder has none of them, or several others.
+        ValueError: if a folder has none of them, or several others, or if the path is empty.
         OSError: if there is nothing at the path.
 
     Example:
@@ -300,6 +345,8 @@ def run_file(path: str | os.PathLike[str]) -> Path:
         >>> run_file(folder).name
         'my run.jsonl'
     """
+    if not os.fspath(path):
+        raise ValueError("got an empty path; give a history, or a folder that holds one")
     path = Path(path)
     if not path.is_dir():
         path.stat()  # says so if there is nothing
@@ -367,14 +414,35 @@ def _number(value: object) -> float:
         return np.inf if isinstance(value, int) and value > 0 else -np.inf
 
 
-def _steps(records: list[Record], run: Run) -> tuple[str, Numbers]:
-    """Name and numbers of what records are placed by: steps, or epochs where there are none."""
+@dataclasses.dataclass
+class _Placing:
+    """What places records: steps, or epochs where there are none.
+
+    Attributes:
+        name: of what the numbers are.
+        steps: (n,) NaN for none.
+        epochs: (n,) NaN for none.
+        own: (n,) whether an optimizer wrote the record.
+    """
+
+    name: str
+    steps: Numbers
+    epochs: Numbers
+    own: NDArray[np.bool_]
+
+    def __getitem__(self, piece: slice) -> _Placing:
+        return _Placing(self.name, self.steps[piece], self.epochs[piece], self.own[piece])
+
+
+def _placing(records: list[Record], run: Run) -> _Placing:
+    every: dict[str, Numbers] = {}
     for name in ("step", "epoch"):
-        steps = _numbers([record.get(name) for record in records])
-        steps[np.abs(steps) > MOST] = np.nan
-        if run.x == "step" or np.isfinite(steps).any():
-            return name, steps
-    return "step", steps  # of which none is a number
+        every[name] = _numbers([record.get(name) for record in records])
+        every[name][np.abs(every[name]) > MOST] = np.nan
+    by_epoch = run.x != "step" and not np.isfinite(every["step"]).any()
+    name = "epoch" if by_epoch and np.isfinite(every["epoch"]).any() else "step"
+    own = np.array(["limited_by" in record for record in records], dtype=bool)
+    return _Placing(name, every[name], every["epoch"], own)
 
 
 def _see_taken(run: Run, limits: Sequence[Value], skipped: Sequence[Value], x: Numbers) -> None:
@@ -386,35 +454,81 @@ def _see_taken(run: Run, limits: Sequence[Value], skipped: Sequence[Value], x: N
             return
 
 
-def _places(steps: Numbers, run: Run, name: str) -> Numbers:
+def _places(placing: _Placing, run: Run) -> Numbers:
     """Where to draw records: at their steps, or where those before them are."""
-    known = np.isfinite(steps)
+    known = np.isfinite(placing.steps)
     if known.any():
-        run.x = name
+        run.x = placing.name
+    elif run.x == "record":
+        return np.arange(run.records, run.records + len(known), dtype=float)
+    steps = placing.steps
+    if run.ahead:
+        ahead = [run.ahead.get(own, 0.0) for own in (False, True)]
+        steps = steps + np.where(placing.own, ahead[True], ahead[False])
     if known.all():
         return steps
-    if run.x == "record":
-        return np.arange(run.records, run.records + len(steps), dtype=float)
-    before = run.last if run.records else float(steps[known][0])
+    before = run.at if run.records else float(steps[known][0])
     latest = np.maximum.accumulate(np.where(known, np.arange(len(steps)), -1))
     return np.where(latest < 0, before, steps[latest])
 
 
-def _breaks(steps: Numbers, own: Any, last: dict[bool, float]) -> list[int]:
-    """Where the steps go back, as in a run that was started again on the same file."""
-    found: set[int] = set()
-    before: dict[int, int] = {}
+def _hold(run: Run, key: str, there: NDArray[np.bool_], placing: _Placing) -> None:
+    """Keep where a number was last."""
+    places = np.flatnonzero(there & np.isfinite(placing.steps))
+    own = placing.own[places]
     for kind in (True, False):
-        places = np.flatnonzero((own == kind) & np.isfinite(steps))
-        if not places.size:
-            continue
-        of_kind = np.concatenate([[last.get(kind, -np.inf)], steps[places]])
-        back = np.flatnonzero(np.diff(of_kind) < 0)
-        found.update(places[back].tolist())
-        before.update((int(places[i]), int(places[i - 1]) if i else -1) for i in back)
-    breaks: list[int] = []
-    for place in sorted(found):
-        # The other kind of records goes back in its turn, after the same break.
-        if not breaks or before[place] >= breaks[-1]:
-            breaks.append(place)
-    return breaks
+        if (of_kind := places[own == kind]).size:
+            last = int(of_kind[-1])
+            number = run.records - len(there) + last
+            run.held[kind, key] = number, float(placing.steps[last]), float(placing.epochs[last])
+
+
+def _backs(
+    records: list[Record], placing: _Placing, run: Run
+) -> list[tuple[int, bool, float | None]]:
+    """Where a number is of an earlier step than the last time that it was recorded.
+
+    Numbers that are recorded apart may well be of an earlier step than the record before, as those
+    of a test that took its time.
+
+    Returns:
+        the place of the first record after it; whether an optimizer wrote that; and what to add to
+        the steps from there on, as they begin anew in a later epoch, or None where they do in a run
+        that was started again on the same file.
+    """
+    steps = placing.steps
+    # Place and writer to the place before, negative for one before these records, and whether the
+    # epoch is a later one than there.
+    found: dict[tuple[int, bool], tuple[int, bool]] = {}
+    for own in (True, False):
+        places = np.flatnonzero((placing.own == own) & np.isfinite(steps))
+        if not (np.diff(steps[places], prepend=run.most.get(own, -np.inf)) < 0).any():
+            continue  # the usual case
+        for key, column in _columns([records[place] for place in places]).items():
+            if key in ("step", "epoch") or key in LABELS:
+                continue
+            of = places[[type(value) in NUMBERS for value in column]]
+            number, step, epoch = run.held.get((own, key), (0, -np.inf, np.nan))
+            numbers = np.concatenate([[number - run.records], of])
+            of_key = np.concatenate([[step], steps[of]])
+            epochs = np.concatenate([[epoch], placing.epochs[of]])
+            for i in np.flatnonzero(np.diff(of_key) < 0).tolist():
+                anew = bool(epochs[i + 1] > epochs[i] and of_key[i + 1] >= 0)
+                one = (int(numbers[i]), anew)
+                found[int(of[i]), own] = max(found.get((int(of[i]), own), one), one)
+    backs: list[tuple[int, bool, float | None]] = []
+    since = {True: -np.inf, False: -np.inf}
+    for (place, own), (before, anew) in sorted(found.items()):
+        if before < since[own]:
+            continue  # another number that goes back in its turn, after the same place
+        ahead = None
+        if anew:  # counted from 0 or from 1
+            stretch = slice(int(max(since[own], 0)), place)
+            passed = steps[stretch][placing.own[stretch] == own]
+            if since[own] < 0:
+                passed = np.append(passed, run.most.get(own, -np.inf))
+            ahead = float(np.nanmax(passed)) + float(steps[place] <= 0)
+        backs.append((place, own, ahead))
+        for kind in (own,) if anew else (True, False):
+            since[kind] = place
+    return backs

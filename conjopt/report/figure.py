@@ -49,6 +49,7 @@ def plot(
 
     Raises:
         ImportError: if matplotlib is missing; it names the extra to install.
+        TypeError: if the history is of another kind, or one of the records is.
         ValueError: if the history is of another schema or version, or damaged.
         OSError: if it cannot be read.
 

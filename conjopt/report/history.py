@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import stat
@@ -41,6 +42,7 @@ class History:
 
     Raises:
         ValueError: if the file is there but is no history of this version. It is left untouched.
+            Also if the path is empty.
         OSError: if the file cannot be opened or written.
 
     Example:
@@ -58,12 +60,19 @@ class History:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        if path is not None and not os.fspath(path):
+            raise ValueError(
+                "got an empty path for a history; give a file, such as run/history.jsonl, or None"
+            )
         self.path = None if path is None else Path(path)
         self._records: list[dict[str, Value]] = []  # those of a file are in the file alone
         self._closed = False
         self._file: FileIO | None = None
         self._start: int | None = None  # bytes of the file that were there before; None of a pipe
         if self.path is not None:
+            if self.path.is_dir():
+                why = f"{os.strerror(errno.EISDIR)}; give a file, such as history.jsonl in it"
+                raise IsADirectoryError(errno.EISDIR, why, os.fspath(self.path))
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered, so that a failed write leaves nothing behind to be written at closing.
             self._file = FileIO(self.path, "ab")

@@ -65,6 +65,7 @@ svg text { font-size: 12px; fill: var(--muted); }
 .axis { stroke: var(--axis); stroke-width: 1; }
 .l { fill: none; stroke-width: 1.7; stroke-linejoin: round; stroke-linecap: round; }
 .faint { stroke-width: 1.1; opacity: .75; }
+.part { stroke: var(--muted); stroke-width: 1.2; }
 .m { stroke: var(--card); stroke-width: .7; }
 .bad { fill: none; stroke: var(--ink); stroke-width: 1.5; }
 .unknown { fill: var(--axis); } .holds { fill: var(--holds); } .fails { fill: var(--fails); }
@@ -106,6 +107,8 @@ def write_html(
         title: of the page; None for the name of the run.
 
     Raises:
+        TypeError: if the history is of another kind, or one of the records is; or if the file is no
+            path.
         ValueError: if the history is of another schema or version, or damaged; or if the page would
             take the place of the history.
         OSError: if a file cannot be read or written.
@@ -120,6 +123,10 @@ def write_html(
         >>> page.count("<svg viewBox"), "://" in page
         (2, False)
     """
+    if not isinstance(file, str | os.PathLike):
+        raise TypeError(
+            f"write_html: got a {type(file).__name__} as file, expected the path of the page"
+        )
     path = history.path if isinstance(history, History) else history
     name = "Run"
     if isinstance(path, str | os.PathLike):
@@ -243,7 +250,7 @@ def _legend(one: Chart) -> str:
         if len(one.lines) > 1:
             named: dict[int, tuple[str, Any]] = {}
             for line in one.lines:
-                if not line.limits:
+                if not line.limits or line.group:
                     named.setdefault(line.style, (line.group or line.name, line))
             items = [f"{sample(line)}{clean(text)}" for text, line in named.values()]
         # Parts of one run share the codes, of which the last part has all.

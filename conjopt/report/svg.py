@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from conjopt.report.digest import CONDITION_STATES
 from conjopt.report.panels import Chart, Line
@@ -121,6 +122,8 @@ def bad_mark(kind: str, x: float, y: float) -> str:
 
 
 def _style(line: Line) -> str:
+    if line.limits and line.group:  # a part of a run: the colours are those of the limits
+        return f"l part d{line.style % len(DASHES)}"
     if line.style < 0:
         code = -1 - line.style
         return f"l s{(code + 1) % COLOURS} faint d{1 + code % (len(DASHES) - 1)}"
@@ -177,23 +180,33 @@ def _line(
                 for i in dots[:: max(1, math.ceil(dots.size / FEW))]
             ]
         return drawn
-    drawn = []
-    for number_, _ in enumerate(line.limits):  # each piece in the colour of what set its end
-        of = np.flatnonzero((code[1:] == number_) & ~jump[1:])
-        if of.size:
-            pieces = "".join(
-                f"M{px[i]:.1f} {py[i]:.1f}L{px[i + 1]:.1f} {py[i + 1]:.1f}" for i in of
-            )
-            drawn.append(f'<path class="l s{(number_ + 1) % COLOURS}" d="{pieces}"/>')
-    rest = np.flatnonzero((code[1:] < 0) & ~jump[1:])
-    if rest.size:
-        pieces = "".join(f"M{px[i]:.1f} {py[i]:.1f}L{px[i + 1]:.1f} {py[i + 1]:.1f}" for i in rest)
-        drawn.append(f'<path class="l s0" d="{pieces}"/>')
-    every = max(1, math.ceil(x.size / MARKS))
+    if line.group:  # dashes tell the parts of a run apart, and need room between the marks
+        drawn = [f'<path class="{_style(line)}" d="{_path(px, py, jump)}"/>']
+        marks = MARKS // 3
+    else:
+        drawn = _pieces(px, py, code, jump, len(line.limits))
+        marks = MARKS
+    every = max(1, math.ceil(x.size / marks))
     marked = set(range(0, x.size, every)) | {x.size - 1}
     for number_, _ in enumerate(line.limits):  # one that is rare is marked, too
         marked |= set(np.flatnonzero(code == number_)[:3].tolist())
     return drawn + [mark(int(code[i]), px[i], py[i]) for i in sorted(marked) if code[i] >= 0]
+
+
+def _pieces(
+    px: Numbers, py: Numbers, code: Numbers, jump: NDArray[np.bool_], limits: int
+) -> list[str]:
+    """A line, each piece in the colour of what set its end."""
+    drawn = []
+    for colour in range(limits + 1):
+        mine = code[1:] < 0 if not colour else code[1:] == colour - 1
+        of = np.flatnonzero(mine & ~jump[1:])
+        if of.size:
+            pieces = "".join(
+                f"M{px[i]:.1f} {py[i]:.1f}L{px[i + 1]:.1f} {py[i + 1]:.1f}" for i in of
+            )
+            drawn.append(f'<path class="l s{colour % COLOURS}" d="{pieces}"/>')
+    return drawn
 
 
 def _path(px: Numbers, py: Numbers, jump: Sequence[bool] | Numbers) -> str:
@@ -287,7 +300,8 @@ def _scale(
         return to_y, []  # there is no number to read off
     if log:
         return to_y, _decades(low, high)
-    if all(map(math.isfinite, (low * size, high * size, (high - low) * size))):
+    wide = (high - low) * size
+    if wide > 1e-300 and all(map(math.isfinite, (low * size, high * size, wide))):
         return to_y, _nice(low * size, high * size, 5)
     return to_y, [t * size for t in _nice(low, high, 5)]
 

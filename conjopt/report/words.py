@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from conjopt.report.digest import Digest, Run
+from conjopt.report.digest import COUNTED, Digest, Run
 from conjopt.report.panels import label
 from conjopt.report.series import Series
 
@@ -49,7 +49,8 @@ def sentences(found: Digest, *, each: bool = True) -> list[str]:
         where = f"{run.x}s {_place(run.first)} to {_place(run.last)}"
         named = f" of {run.name}" if run.name else ""
         return [f"{count}{named}, {where}.", *_of_run(run), *_of_file(found)]
-    told = [f"{count} of {len(runs)} runs."]
+    more = "more than " if found.left_out["run"] else ""
+    told = [f"{count} of {more}{len(runs)} runs."]
     if found.of_one_run:
         told = [f"{count} of one run in {len(runs)} parts, as its steps go back."]
     if each:
@@ -118,7 +119,7 @@ def _of_run(run: Run) -> list[str]:
         if total := sum(run.limits.values()):
             limits = [pair for pair in run.limits.items() if pair[1]]
             ordered = sorted(limits, key=lambda pair: -pair[1])
-            shares = ", ".join(f"{name} {100 * n / total:.0f} %" for name, n in ordered)
+            shares = ", ".join(f"{name} {_share(n, total)}" for name, n in ordered)
             told[-1] += f" Over the records: {shares}."
     return told + _troubles(run)
 
@@ -193,8 +194,12 @@ def _of_file(found: Digest) -> list[str]:
             "The file ends in the middle of a line: it was cut by a crash, or is being written. "
             "Everything before that line was read."
         )
-    if found.left_out:
-        told.append(f"{found.left_out:,} series were left out: there are too many of them.")
+    for thing, which in found.left_out.items():
+        if which:
+            count = f"{len(which):,}" + " or more" * (len(which) == COUNTED)
+            things = thing if thing == "series" or len(which) == 1 else f"{thing}s"
+            were = "was" if len(which) == 1 else "were"
+            told.append(f"{count} {things} {were} left out: there are too many of them.")
     return told
 
 
@@ -212,6 +217,14 @@ def _told(series: Series) -> str:
     assert series.last is not None
     value = series.last[1]
     return f"{value:.4g}" if math.isfinite(value) else BAD[str(value)]
+
+
+def _share(part: int, of: int) -> str:
+    """A part of a whole, of which neither 0 % nor 100 % is said unless it is so."""
+    percent = 100 * part / of
+    if 0 < percent < 1:
+        return "under 1 %"
+    return "over 99 %" if 99 < percent < 100 else f"{percent:.0f} %"
 
 
 def _place(x: float) -> str:
