@@ -447,6 +447,34 @@ def test_inputs_and_outputs_that_are_edited_after_use():
     assert one_observation(watch).outputs.abs().min() > 0
 
 
+@pytest.mark.parametrize("explicit", [False, True])
+def test_targets_that_are_written_to_between_backward_and_step(explicit: bool):
+    model, (x, y) = mlp(), data()
+    criterion = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2, 3, 4]).double(), ignore_index=0)
+    watch = watching(model, criterion)
+    buffer = y.clone()
+    f = model(x)
+    if explicit:
+        watch.observe(f, buffer)
+        F.cross_entropy(f, buffer, criterion.weight, ignore_index=0).backward()
+    else:
+        criterion(f, buffer).backward()
+    expected = parts_of(watch)
+    buffer.zero_()  # the loader's, which the next batch is put into
+    parts = parts_of(watch)
+    assert_same(flat(parts.first), flat(expected.first))
+    assert_same(flat(parts.second), flat(expected.second))
+    second = own_gradient(model, lambda twin: criterion(twin(x[1::2]), y[1::2]))
+    assert_same(flat(parts.second), second)
+
+
+def test_targets_of_an_ordinary_step_are_not_copied():
+    model, criterion, (x, y) = mlp(), nn.CrossEntropyLoss(), data()
+    watch = watching(model, criterion, armed=False)
+    criterion(model(x), y).backward()
+    assert one_observation(watch).targets is y
+
+
 @pytest.mark.parametrize(
     "call",
     [

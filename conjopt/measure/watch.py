@@ -387,7 +387,9 @@ class Watch:
         itself = len(origins) == 1 and edge[:2] == (outputs.grad_fn, outputs.output_nr)
         armed = forward.replay is not None
         pull = None if itself or joined or not armed else self._pull(outputs, origins)
-        kept = outputs.detach().clone() if armed else None
+        kept = None
+        if armed:  # copies, as the loop may write to them before the step
+            kept, targets = outputs.detach().clone(), targets.detach().clone()
         reference = weakref.ref(self)
         shaped = outputs.detach()
 
