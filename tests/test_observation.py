@@ -612,6 +612,35 @@ def test_a_gradient_penalty_counts_the_loss_once():
     assert_same(gradient_of(watch), own_gradient(model, lambda twin: criterion(twin(x), y)))
 
 
+TRANSFORMS: dict[str, Callable[[nn.Module, nn.Module, Tensor, Tensor], Any]] = {
+    "jacrev": lambda m, c, x, y: torch.func.vmap(torch.func.jacrev(m))(x),
+    "jvp": lambda m, c, x, y: torch.func.jvp(m, (x,), (x,)),
+    "hessian": lambda m, c, x, y: torch.func.hessian(lambda a: c(m(a), y))(x),
+    "vmap": lambda m, c, x, y: torch.func.vmap(m)(x),
+    "grad": lambda m, c, x, y: torch.func.vmap(torch.func.grad(lambda a, b: c(m(a), b)))(x, y),
+    "per-sample gradients": lambda m, c, x, y: torch.func.vmap(
+        torch.func.grad(lambda p, a, b: c(torch.func.functional_call(m, p, a), b)), (None, 0, 0)
+    )(dict(m.named_parameters()), x, y),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("armed", [False, True])
+def test_transforms_of_torch_func_leave_no_observation(name: str, armed: bool):
+    model, criterion, (x, y) = mlp(), nn.CrossEntropyLoss(), data()
+    expected = TRANSFORMS[name](model, criterion, x, y)
+    watch = watching(model, criterion, armed)
+    loss = criterion(model(x), y)  # one that is open
+    found = TRANSFORMS[name](model, criterion, x, y)
+    for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        assert torch.equal(a, b)
+    loss.backward()
+    assert one_observation(watch).loss == loss
+    if armed:
+        assert_halves_of_cross_entropy(watch, x, y)
+
+
 class InnerCheckpoint(nn.Module):
     def __init__(self) -> None:
         super().__init__()

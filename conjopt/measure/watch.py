@@ -362,6 +362,8 @@ class Watch:
     def _after_criterion(self, module: nn.Module, args: Any, kwargs: Any, value: Any) -> None:
         if self._paused or module is not self.criterion or not torch.is_grad_enabled():
             return
+        if _inside_functorch():
+            return
         if not isinstance(value, Tensor) or not value.requires_grad:
             return
         outputs, targets = _criterion_arguments(args, kwargs)
@@ -502,6 +504,7 @@ class Watch:
             and torch.is_grad_enabled()
             # Checkpointing calls the model again inside the backward pass.
             and torch._C._current_graph_task_id() == -1
+            and not _inside_functorch()
         )
 
     def _no_gradients(self) -> bool:
@@ -635,6 +638,12 @@ def _active_wrapper() -> DistributedDataParallel | None:
 def _join_is_on(wrapper: weakref.ref[nn.Module] | None) -> bool:
     config = getattr(None if wrapper is None else wrapper(), "_join_config", None)
     return bool(getattr(config, "enable", False))
+
+
+def _inside_functorch() -> bool:
+    """Whether a transform of torch.func runs, whose gradients it hands out instead of ``.grad``."""
+    peek = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
+    return peek is not None and peek() is not None
 
 
 def _criterion_arguments(args: Any, kwargs: Any) -> tuple[Any, Any]:
