@@ -53,11 +53,13 @@ def gradient_of(watch: Watch) -> Tensor:
     return flat(p.grad / weight for p in watch.parameters.values() if p.grad is not None)
 
 
-def parts_of(watch: Watch) -> Parts:
+def parts_of(watch: Watch, by_rows: bool = False) -> Parts:
     batch = watch.batch()
     moving = {n: p for n, p in watch.parameters.items() if p.grad is not None}
     g = [p.grad / batch.weight for p in moving.values()]
-    parts = split(batch, moving, g, changed=watch.changed_since_backward(batch.marks))
+    parts = split(
+        batch, moving, g, changed=watch.changed_since_backward(batch.marks), by_rows=by_rows
+    )
     assert parts is not None
     return parts
 
@@ -428,6 +430,73 @@ def test_inputs_that_are_written_to_anew_each_time():
     parts = parts_of(watch)
     own = own_gradient(model, lambda twin: criterion(twin(x[1::2].clone()), y[1::2]))
     assert_same(flat(parts.second), own)
+
+
+class Counting(nn.Module):
+    """Its outputs follow a count of its forwards."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.inner = how, mlp()
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("unset", None)
+        self.register_buffer("edges", torch.eye(3).double().to_sparse(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "in place":
+            self.count += 1
+        elif self.how == "hidden":
+            self.count.data += 1
+        else:
+            self.count = self.count + 1
+        return self.inner(torch.sparse.mm(self.edges, x.T).T * self.count)
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+@pytest.mark.parametrize("how", ["in place", "hidden", "anew"])
+def test_buffers_that_the_forward_uses_and_changes(how: str, by_rows: bool):
+    model, criterion, (x, y) = Counting(how), nn.CrossEntropyLoss(), data()
+    watch = watching(model, criterion)
+    criterion(model(x), y).backward()
+    with torch.no_grad():
+        model(x)  # the loop's own, between the backward pass and the step
+    parts = parts_of(watch, by_rows=by_rows)
+    assert model.count == 2
+    for half, rows in ((parts.first, slice(0, None, 2)), (parts.second, slice(1, None, 2))):
+
+        def first(twin: nn.Module, rows: slice = rows) -> Tensor:
+            twin.count.zero_()
+            return criterion(twin(x[rows]), y[rows])
+
+        assert_same(flat(half), own_gradient(model, first))
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_spectral_norm_in_train_mode(old: bool):
+    make = nn.utils.spectral_norm if old else nn.utils.parametrizations.spectral_norm
+    torch.manual_seed(0)
+    model = nn.Sequential(make(nn.Linear(3, 5)), nn.Tanh(), nn.Linear(5, CLASSES)).double()
+    before, criterion, (x, y) = copy.deepcopy(model), nn.CrossEntropyLoss(), data()
+    watch = watching(model, criterion)
+    criterion(model(x), y).backward()
+    after = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    parts = parts_of(watch)
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, after[name])
+    for half, rows in ((parts.first, slice(0, None, 2)), (parts.second, slice(1, None, 2))):
+        own = own_gradient(before, lambda twin, rows=rows: criterion(twin(x[rows]), y[rows]))
+        assert_same(flat(half), own)
+
+
+def test_no_buffers_are_kept_that_the_forward_leaves_alone():
+    model, criterion, (x, y) = mlp().append(nn.BatchNorm1d(CLASSES).double()), nn.MSELoss(), data()
+    target = F.one_hot(y, CLASSES).double()
+    for train, kept in ((True, 3), (False, 0)):
+        model.train(train)
+        watch = watching(model, criterion)
+        criterion(model(x), target).backward()
+        assert len(one_observation(watch).forward.replay.buffers) == kept
+        assert not watch._buffers
 
 
 def test_inputs_and_outputs_that_are_edited_after_use():

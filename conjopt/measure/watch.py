@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from conjopt.losses import potential_of
 from conjopt.measure.observation import Batch, Forward, Marks, Observation
 from conjopt.measure.process_group import Ranks
-from conjopt.measure.replay import Replay, refuse_reentrant
+from conjopt.measure.replay import Replay, changed_buffers, refuse_reentrant
 from conjopt.measure.shards import holds_back, is_sharded
 
 __all__ = ["Hook", "Watch"]
@@ -57,9 +57,10 @@ class Watch:
             found to call the model, if there is one.
 
     Attributes:
-        armed: whether the next batch will be measured: then inputs, outputs, their gradients and
-            the state of the random number generators are kept as well, and what each backward adds
-            to ``.grad`` before it is averaged over ranks.
+        armed: whether the next batch will be measured: then inputs, targets, outputs, their
+            gradients, the state of the random number generators and the buffers that a forward
+            changes are kept as well, and what each backward adds to ``.grad`` before it is averaged
+            over ranks.
 
     Raises:
         TypeError: if the criterion is not recognised.
@@ -96,6 +97,7 @@ class Watch:
         self._marks: Marks = []
         self._token = object()  # marks the nodes of the graph that made the model's outputs
         self._kept: tuple[Any, Any, Any] | None = None
+        self._buffers: dict[str, Tensor] = {}  # copies from before the forward that is under way
         self._in_backward: Backward | None = None
         self._sharded = any(is_sharded(p) for p in self.parameters.values())
         self._explicit: list[RemovableHandle] = []
@@ -235,7 +237,7 @@ class Watch:
             >>> watch.release()
         """
         self.clear()
-        self._token, self._kept, self._latest = object(), None, None
+        self._token, self._kept, self._buffers, self._latest = object(), None, {}, None
         self.take_local()
         for handle in self._explicit:  # they hold what holds them
             handle.remove()
@@ -303,7 +305,7 @@ class Watch:
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._watching(module):
             return
-        self._kept = None  # of a forward that failed
+        self._kept, self._buffers = None, {}  # of a forward that failed
         wrapper = _active_wrapper()
         if wrapper is not None and (self._wrapper is None or self._wrapper() is not wrapper):
             self.wrapped_by(wrapper)
@@ -316,6 +318,7 @@ class Watch:
         # Copies, as the model or the loop may write to them before they are needed.
         copied = tree_map(_copied, (args, kwargs))
         self._kept = (*copied, Replay.random_state(self.model))
+        self._buffers = {n: b.detach().clone() for n, b in self.model.named_buffers()}
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self._watching(module):
@@ -332,8 +335,9 @@ class Watch:
         replay = None
         if self._kept is not None:
             paused = functools.partial(_paused, weakref.ref(self))  # else the graph would hold it
-            replay = Replay(self.model, *self._kept, paused=paused)
-            self._kept = None
+            before = changed_buffers(self.model, self._buffers)
+            replay = Replay(self.model, *self._kept, paused=paused, buffers=before)
+            self._kept, self._buffers = None, {}
             refuse_reentrant(tensor for _, tensor in tensors)
         samples = {place: tensor.shape[0] if tensor.ndim else 0 for place, tensor in tensors}
         forward = Forward(replay, {}, samples)
