@@ -850,6 +850,45 @@ def test_observe_in_place_of_the_criterion():
     assert_same(flat(parts_of(watch).second), second)
 
 
+@pytest.mark.parametrize("armed", [False, True])
+@pytest.mark.parametrize("first", ["observe", "criterion", "observe twice"])
+def test_what_is_observed_twice_counts_once(first: str, armed: bool):
+    model, criterion, (x, y) = mlp(), nn.CrossEntropyLoss(), data()
+    watch = watching(model, criterion, armed)
+    for scale in (0.25, 0.75):  # two micro-batches
+        f = model(x)
+        if first != "criterion":
+            watch.observe(f, y, scale=0.5)
+        if first == "observe twice":
+            watch.observe(f, y, scale=scale)
+            loss = F.cross_entropy(f, y)
+        else:
+            loss = criterion(f, y)
+        if first == "criterion":
+            watch.observe(f, y, scale=0.5)
+        (scale * loss).backward()
+    assert [o.kappa for o in watch.batch().observations] == [0.25, 0.75]
+    assert watch.batch().weight == 1
+    assert_same(gradient_of(watch), own_gradient(model, lambda twin: criterion(twin(x), y)))
+
+
+def test_what_only_looks_like_the_same_counts_by_itself():
+    model, criterion, (x, y) = mlp(), nn.CrossEntropyLoss(), data()
+    watch = watching(model, criterion)
+    f = model(x)
+    criterion(f, y)  # never differentiated
+    watch.observe(f, y, scale=0.5)
+    watch.observe(f, y.clone(), scale=0.25)  # other targets, mixed with the first
+    watch.observe(f / 2, y)
+    (0.75 * F.cross_entropy(f, y)).backward()
+    assert [o.kappa for o in watch.batch().observations] == [0.5, 0.25]
+    watch.clear()
+    model.zero_grad()
+    f = model(x)
+    (criterion(f, y) + criterion(f, y)).backward()
+    assert watch.batch().weight == 2
+
+
 @pytest.mark.parametrize("where", ["after the criterion", "before the model"])
 def test_errors_inside_a_backward_do_not_spoil_the_next(where: str):
     model, criterion, (x, y) = mlp(), nn.CrossEntropyLoss(), data()

@@ -29,6 +29,11 @@ from conjopt.measure.shards import holds_back, is_sharded
 __all__ = ["Hook", "Watch"]
 
 
+Pair = tuple[object, int, int]  # tells outputs and targets, as long as they live
+
+NODE = object()  # the key of what tells a node of the graph in its metadata
+
+
 @dataclasses.dataclass(eq=False)
 class Backward:
     """What one backward pass met, to be kept if it accumulates into ``.grad``."""
@@ -38,6 +43,7 @@ class Backward:
     observations: list[Observation] = dataclasses.field(default_factory=list)
     gradients: list[tuple[Forward, int, Tensor]] = dataclasses.field(default_factory=list)
     local: list[tuple[str, Tensor]] = dataclasses.field(default_factory=list)
+    called: dict[Pair, Tensor] = dataclasses.field(default_factory=dict)  # on what targets
     joined: bool = False
 
 
@@ -100,7 +106,7 @@ class Watch:
         self._buffers: dict[str, Tensor] = {}  # copies from before the forward that is under way
         self._in_backward: Backward | None = None
         self._sharded = any(is_sharded(p) for p in self.parameters.values())
-        self._explicit: list[RemovableHandle] = []
+        self._explicit: dict[Pair, RemovableHandle] = {}
         self._forward_seen = self._criterion_seen = self._unrelated = self._joined = False
         handles = [
             model.register_forward_pre_hook(Hook(self, "_before_forward"), with_kwargs=True),
@@ -176,7 +182,8 @@ class Watch:
     def observe(self, outputs: Tensor, targets: Tensor, scale: float = 1.0) -> None:
         """Say what the loss is made of, where the criterion module is not called itself.
 
-        Call it between the model's forward and the backward pass.
+        Call it between the model's forward and the backward pass. The same outputs and targets
+        count once: as in the last call, or as the criterion itself was called on them.
 
         Args:
             outputs: what the criterion would be given; part of the graph of the loss.
@@ -207,7 +214,10 @@ class Watch:
         with torch.no_grad():
             value = self.criterion(outputs.detach(), targets)
         factor = torch.full_like(value, scale)
-        self._explicit.append(self._await(outputs, value, outputs, targets, origins, factor))
+        pair = _pair(outputs, targets)
+        if pair in self._explicit:
+            self._explicit.pop(pair).remove()
+        self._explicit[pair] = self._await(outputs, value, outputs, targets, origins, factor)
 
     def clear(self) -> None:
         """Forget what was observed; what is still to be differentiated stays known.
@@ -239,7 +249,7 @@ class Watch:
         self.clear()
         self._token, self._kept, self._buffers, self._latest = object(), None, {}, None
         self.take_local()
-        for handle in self._explicit:  # they hold what holds them
+        for handle in self._explicit.values():  # they hold what holds them
             handle.remove()
         self._explicit.clear()
         self._forward_seen = self._criterion_seen = self._unrelated = False
@@ -393,7 +403,7 @@ class Watch:
         itself = len(origins) == 1 and edge[:2] == (outputs.grad_fn, outputs.output_nr)
         armed = forward.replay is not None
         pull = None if itself or joined or not armed else self._pull(outputs, origins)
-        kept = None
+        pair, given, kept = _pair(outputs, targets), targets, None
         if armed:  # copies, as the loop may write to them before the step
             kept, targets = outputs.detach().clone(), targets.detach().clone()
         reference = weakref.ref(self)
@@ -406,6 +416,10 @@ class Watch:
             backward = watch._enter_backward()
             if joined:
                 backward.joined = True
+                return
+            if factor is None:
+                backward.called[pair] = given  # which lives as long as the hook does
+            elif pair in backward.called:  # by the criterion, whose value comes before its input
                 return
             reading = watch.potential_of
             backward.observations.append(
@@ -642,6 +656,11 @@ def _active_wrapper() -> DistributedDataParallel | None:
 def _join_is_on(wrapper: weakref.ref[nn.Module] | None) -> bool:
     config = getattr(None if wrapper is None else wrapper(), "_join_config", None)
     return bool(getattr(config, "enable", False))
+
+
+def _pair(outputs: Tensor, targets: Tensor) -> Pair:
+    node: Any = outputs.grad_fn
+    return node.metadata.setdefault(NODE, object()), outputs.output_nr, id(targets)
 
 
 def _inside_functorch() -> bool:

@@ -378,7 +378,8 @@ class ConjSGD(Saved):
     def observe(self, outputs: Tensor, targets: Tensor, scale: float = 1.0) -> None:
         """Say what the loss is made of, where the criterion module itself is not called.
 
-        Call it between the model's forward and ``backward()``.
+        Call it between the model's forward and ``backward()``. The same outputs and targets count
+        once: as in the last call, or as the criterion itself was called on them.
 
         Args:
             outputs: what the criterion would be given, computed from the model's output.
