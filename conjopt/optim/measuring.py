@@ -195,7 +195,8 @@ def measure(
         memory.fit(batch)
     if not direction.held_out:
         found = along_gradient(watch, batch, joined, blocks, direction, product, products, memory)
-        if products and not ranks.several and to_be_looked_at(statistics.measured):
+        at_risk = products or any(group["momentum"] for group in blocks.groups)
+        if at_risk and not ranks.several and to_be_looked_at(statistics.measured):
             found.other_terms = share_of_other_terms(watch, batch, blocks)
         return found
     if coupled:

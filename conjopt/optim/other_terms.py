@@ -1,7 +1,8 @@
 """Whether the gradients came through the criterion, by which rules along them measure.
 
-Curvature, change and brake of such a rule are those of the watched criterion. Further terms of the
-loss are in the gradient, and so in the direction, but not in what holds its steps.
+Loss, curvature, change and brake of such a rule are those of the watched criterion. Further terms
+of the loss are in the gradient, and so in the direction, but not in what holds its steps. Only the
+Polyak step without momentum is safe: a greater gradient makes it shorter.
 """
 
 from __future__ import annotations
@@ -103,9 +104,9 @@ def warn(share: float, rule: str) -> None:
     warnings.warn(
         f"ConjSGD: {100 * share:.0f} % of the gradient (by its norm) did not come through the "
         "criterion: the loss has further terms, or gradients were changed by other means than "
-        f'clipping. direction="sgd" with step_rule="{rule}" measures curvature and progress by the '
-        "criterion alone: steps may be too long for the rest, and diverge. Put the further terms "
-        'into the criterion, or use direction="spectral" or step_rule="polyak".',
+        f'clipping. direction="sgd" with step_rule="{rule}" goes by the criterion alone: steps may '
+        "be too long for the rest, and diverge. Put the further terms into the criterion, or use "
+        'direction="spectral", or step_rule="polyak" with momentum=0.',
         RuntimeWarning,
         stacklevel=levels_to_the_user(),
     )
