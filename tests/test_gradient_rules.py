@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import warnings
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_bad_input import CRITERION, NOT_FINITE, data, loss_of, network, same, untouched
 from torch import nn
+from torch.nn import functional as F
 
 from conjopt import ConjSGD
-from conjopt.optim import GradientEdge, PolyakStep, Smoothness, gradient_rules
+from conjopt.optim import GradientEdge, PolyakStep, Smoothness, gradient_rules, other_terms
 from conjopt.optim.statistics import SLOW, Measurement, Statistics
 
 RULES = ["edge", "smoothness", "polyak"]
@@ -454,3 +456,172 @@ def test_where_gradients_vanish_above_the_floor_the_trust_region_holds_polyak():
             assert status.limits["Polyak step"] > 100 * status.limits["trust region"]
         assert after**0.5 <= (before.item() ** 0.5 + 0.5 * status.loss**0.5) * (1 + 1e-9)
     assert held > 10
+
+
+# Terms of the loss that the rules do not measure.
+
+
+class Heads(nn.Module):
+    """Two heads on one layer; the criterion sees the first."""
+
+    def __init__(self, *middle):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(4, 6), *middle, nn.Tanh())
+        self.first, self.second = nn.Linear(6, 3), nn.Linear(6, 2)
+
+    def forward(self, x):
+        h = self.body(x)
+        return self.first(h), self.second(h)
+
+
+def second_head(model, first, second):
+    return F.mse_loss(second, torch.ones_like(second))
+
+
+def no_term(model, first, second):
+    return 0.0 * second.sum()
+
+
+def train_heads(optimizer, steps, term, spoil=None, start=0, parts=1, how="as it is"):
+    """Steps on the criterion and one more term; what was said, by step."""
+    (x, y), model, said = data(24), optimizer._watch.model, {}
+    for step in range(start, start + steps):
+        optimizer.zero_grad()
+        for rows in torch.arange(24).chunk(parts):
+            first, second = model(x[rows])
+            if how == "transformed":
+                first = first.log_softmax(1)
+            if how == "observed":
+                optimizer.observe(first, y[rows], scale=1 / parts)
+                loss = F.cross_entropy(first, y[rows])
+            else:
+                loss = optimizer._watch.criterion(first, y[rows])
+            ((loss + term(model, first, second)) / parts).backward()
+        if spoil is not None:
+            spoil(list(model.parameters()))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        for warning in caught:
+            assert warning.filename == __file__
+            said[step] = str(warning.message)
+    return said
+
+
+TERMS = {
+    "second head": second_head,
+    "outputs": lambda model, first, second: first.square().mean() + 0 * second.sum(),
+    "weights": lambda model, first, second: sum(p.square().sum() for p in model.parameters()) / 2,
+}
+
+
+@any_rule
+@pytest.mark.parametrize("term", TERMS)
+@pytest.mark.parametrize("clip", [False, True])
+def test_says_once_that_the_criterion_is_not_all_of_the_loss(term, rule, clip):
+    model = Heads()
+    optimizer = make(model, rule, momentum=0.9 if rule == "polyak" else 0.0)
+    x, y = data(24)
+    first, second = model(x)
+    both = CRITERION(first, y), TERMS[term](model, first, second)
+    criterion, total = (
+        torch.cat([
+            torch.zeros_like(p).flatten() if g is None else g.flatten()
+            for p, g in zip(model.parameters(), gradients)
+        ])
+        for gradients in (
+            torch.autograd.grad(loss, model.parameters(), retain_graph=True, allow_unused=True)
+            for loss in (both[0], sum(both))
+        )
+    )  # fmt: skip
+    cosine = (criterion @ total) / (criterion.norm() * total.norm())
+    share = (1 - cosine.clamp_min(0) ** 2).sqrt().item()
+    spoil = (lambda params: nn.utils.clip_grad_norm_(params, 0.01)) if clip else None
+    said = train_heads(optimizer, 30, TERMS[term], spoil)
+    assert list(said) == [0]
+    number = float(said[0].split()[1])
+    assert number <= 100 * share + 0.5
+    assert clip or number == pytest.approx(100 * share, abs=0.51)
+    assert f'step_rule="{rule}"' in said[0]
+
+
+def test_says_it_where_the_term_sets_in_later():
+    optimizer = make(Heads(), warmup=20, measure_every=25)
+    assert not train_heads(optimizer, 10, no_term)
+    assert list(train_heads(optimizer, 20, second_head, start=10)) == [24]  # the 21st measurement
+    assert not train_heads(optimizer, 30, second_head, start=30)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"direction": "spectral", "step_rule": "edge"},
+        {"step_rule": "polyak", "momentum": 0.0},
+        {"step_rule": "constant", "lr": 0.01},
+    ],
+    ids=str,
+)
+def test_other_rules_do_not_speak_of_further_terms(options):
+    assert not train_heads(make(Heads(), **options), 2, second_head)
+
+
+SPOILS = {
+    "nothing": None,
+    "norm": lambda params: nn.utils.clip_grad_norm_(params, 0.01),
+    "norm of each": lambda params: [nn.utils.clip_grad_norm_([p], 0.01) for p in params],
+    "value": lambda params: nn.utils.clip_grad_value_(params, 0.01),
+    "least value": lambda params: nn.utils.clip_grad_value_(params, 1e-6),
+    "scale": lambda params: [p.grad.mul_(3) for p in params],
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
+@pytest.mark.parametrize("how", ["as it is", "transformed", "observed"])
+def test_a_loss_of_the_criterion_alone_is_explained(spoil, how):
+    torch.manual_seed(0)
+    options = {"coupled_weight_decay": True, "weight_decay": 0.5}
+    for parts, middle in ((1, nn.Dropout(0.5)), (3, nn.Identity()), (1, nn.BatchNorm1d(6))):
+        optimizer = make(Heads(middle), **options)
+        assert not train_heads(optimizer, 2, no_term, SPOILS[spoil], parts=parts, how=how)
+
+
+def test_a_small_term_is_not_worth_a_word():
+    small = 1e-3
+    optimizer = make(Heads())
+    assert not train_heads(optimizer, 2, lambda model, f, s: small * second_head(model, f, s))
+
+
+def test_looking_for_further_terms_leaves_the_run_alone(monkeypatch):
+    runs = []
+    for look in (True, False):
+        if not look:
+            monkeypatch.setattr("conjopt.optim.measuring.to_be_looked_at", lambda measured: False)
+        optimizer = make(Heads(nn.Dropout(0.5), nn.BatchNorm1d(6)))
+        torch.manual_seed(1)
+        said = train_heads(optimizer, 25, second_head)
+        assert bool(said) == look
+        runs.append((parameters(optimizer._watch.model), optimizer.state_dict()))
+    assert equal(runs[0][0], runs[1][0])
+    assert same(runs[0][1], runs[1][1])
+
+
+def test_a_model_that_does_not_run_again_is_not_judged(monkeypatch):
+    class Moody(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.runs = 0
+
+        def forward(self, h):
+            self.runs += 1
+            return h * self.runs
+
+    optimizer = make(Heads(Moody()))
+    shares = []
+    whole = other_terms.share_of_other_terms
+    monkeypatch.setattr(
+        "conjopt.optim.measuring.share_of_other_terms",
+        lambda *args: shares.append(whole(*args)) or shares[-1],
+    )
+    assert not train_heads(optimizer, 1, second_head)
+    assert shares == [0.0]

@@ -53,11 +53,13 @@ def gradient_of(watch: Watch) -> Tensor:
     return flat(p.grad / weight for p in watch.parameters.values() if p.grad is not None)
 
 
-def parts_of(watch: Watch) -> Parts:
+def parts_of(watch: Watch, by_rows: bool = False) -> Parts:
     batch = watch.batch()
     moving = {n: p for n, p in watch.parameters.items() if p.grad is not None}
     g = [p.grad / batch.weight for p in moving.values()]
-    parts = split(batch, moving, g, changed=watch.changed_since_backward(batch.marks))
+    parts = split(
+        batch, moving, g, changed=watch.changed_since_backward(batch.marks), by_rows=by_rows
+    )
     assert parts is not None
     return parts
 
@@ -430,6 +432,73 @@ def test_inputs_that_are_written_to_anew_each_time():
     assert_same(flat(parts.second), own)
 
 
+class Counting(nn.Module):
+    """Its outputs follow a count of its forwards."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.inner = how, mlp()
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("unset", None)
+        self.register_buffer("edges", torch.eye(3).double().to_sparse(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "in place":
+            self.count += 1
+        elif self.how == "hidden":
+            self.count.data += 1
+        else:
+            self.count = self.count + 1
+        return self.inner(torch.sparse.mm(self.edges, x.T).T * self.count)
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+@pytest.mark.parametrize("how", ["in place", "hidden", "anew"])
+def test_buffers_that_the_forward_uses_and_changes(how: str, by_rows: bool):
+    model, criterion, (x, y) = Counting(how), nn.CrossEntropyLoss(), data()
+    watch = watching(model, criterion)
+    criterion(model(x), y).backward()
+    with torch.no_grad():
+        model(x)  # the loop's own, between the backward pass and the step
+    parts = parts_of(watch, by_rows=by_rows)
+    assert model.count == 2
+    for half, rows in ((parts.first, slice(0, None, 2)), (parts.second, slice(1, None, 2))):
+
+        def first(twin: nn.Module, rows: slice = rows) -> Tensor:
+            twin.count.zero_()
+            return criterion(twin(x[rows]), y[rows])
+
+        assert_same(flat(half), own_gradient(model, first))
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_spectral_norm_in_train_mode(old: bool):
+    make = nn.utils.spectral_norm if old else nn.utils.parametrizations.spectral_norm
+    torch.manual_seed(0)
+    model = nn.Sequential(make(nn.Linear(3, 5)), nn.Tanh(), nn.Linear(5, CLASSES)).double()
+    before, criterion, (x, y) = copy.deepcopy(model), nn.CrossEntropyLoss(), data()
+    watch = watching(model, criterion)
+    criterion(model(x), y).backward()
+    after = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    parts = parts_of(watch)
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, after[name])
+    for half, rows in ((parts.first, slice(0, None, 2)), (parts.second, slice(1, None, 2))):
+        own = own_gradient(before, lambda twin, rows=rows: criterion(twin(x[rows]), y[rows]))
+        assert_same(flat(half), own)
+
+
+def test_no_buffers_are_kept_that_the_forward_leaves_alone():
+    model, criterion, (x, y) = mlp().append(nn.BatchNorm1d(CLASSES).double()), nn.MSELoss(), data()
+    target = F.one_hot(y, CLASSES).double()
+    for train, kept in ((True, 3), (False, 0)):
+        model.train(train)
+        watch = watching(model, criterion)
+        criterion(model(x), target).backward()
+        assert len(one_observation(watch).forward.replay.buffers) == kept
+        assert not watch._buffers
+
+
 def test_inputs_and_outputs_that_are_edited_after_use():
     model, criterion, (x, y) = mlp(), nn.CrossEntropyLoss(), data()
     model[0].requires_grad_(False)  # so that autograd does not need the input any more
@@ -445,6 +514,34 @@ def test_inputs_and_outputs_that_are_edited_after_use():
     assert_halves_of_cross_entropy(watch, x, y)
     assert one_observation(watch).loss == criterion(model(x), y)
     assert one_observation(watch).outputs.abs().min() > 0
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_targets_that_are_written_to_between_backward_and_step(explicit: bool):
+    model, (x, y) = mlp(), data()
+    criterion = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2, 3, 4]).double(), ignore_index=0)
+    watch = watching(model, criterion)
+    buffer = y.clone()
+    f = model(x)
+    if explicit:
+        watch.observe(f, buffer)
+        F.cross_entropy(f, buffer, criterion.weight, ignore_index=0).backward()
+    else:
+        criterion(f, buffer).backward()
+    expected = parts_of(watch)
+    buffer.zero_()  # the loader's, which the next batch is put into
+    parts = parts_of(watch)
+    assert_same(flat(parts.first), flat(expected.first))
+    assert_same(flat(parts.second), flat(expected.second))
+    second = own_gradient(model, lambda twin: criterion(twin(x[1::2]), y[1::2]))
+    assert_same(flat(parts.second), second)
+
+
+def test_targets_of_an_ordinary_step_are_not_copied():
+    model, criterion, (x, y) = mlp(), nn.CrossEntropyLoss(), data()
+    watch = watching(model, criterion, armed=False)
+    criterion(model(x), y).backward()
+    assert one_observation(watch).targets is y
 
 
 @pytest.mark.parametrize(
@@ -582,6 +679,35 @@ def test_a_gradient_penalty_counts_the_loss_once():
     (loss + 0.0 * by_input.square().sum()).backward()
     assert watch.batch().weight == 1
     assert_same(gradient_of(watch), own_gradient(model, lambda twin: criterion(twin(x), y)))
+
+
+TRANSFORMS: dict[str, Callable[[nn.Module, nn.Module, Tensor, Tensor], Any]] = {
+    "jacrev": lambda m, c, x, y: torch.func.vmap(torch.func.jacrev(m))(x),
+    "jvp": lambda m, c, x, y: torch.func.jvp(m, (x,), (x,)),
+    "hessian": lambda m, c, x, y: torch.func.hessian(lambda a: c(m(a), y))(x),
+    "vmap": lambda m, c, x, y: torch.func.vmap(m)(x),
+    "grad": lambda m, c, x, y: torch.func.vmap(torch.func.grad(lambda a, b: c(m(a), b)))(x, y),
+    "per-sample gradients": lambda m, c, x, y: torch.func.vmap(
+        torch.func.grad(lambda p, a, b: c(torch.func.functional_call(m, p, a), b)), (None, 0, 0)
+    )(dict(m.named_parameters()), x, y),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("armed", [False, True])
+def test_transforms_of_torch_func_leave_no_observation(name: str, armed: bool):
+    model, criterion, (x, y) = mlp(), nn.CrossEntropyLoss(), data()
+    expected = TRANSFORMS[name](model, criterion, x, y)
+    watch = watching(model, criterion, armed)
+    loss = criterion(model(x), y)  # one that is open
+    found = TRANSFORMS[name](model, criterion, x, y)
+    for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        assert torch.equal(a, b)
+    loss.backward()
+    assert one_observation(watch).loss == loss
+    if armed:
+        assert_halves_of_cross_entropy(watch, x, y)
 
 
 class InnerCheckpoint(nn.Module):
@@ -722,6 +848,45 @@ def test_observe_in_place_of_the_criterion():
     assert_close(observation.loss, F.cross_entropy(model(x), y).detach())
     second = own_gradient(model, lambda twin: criterion(twin(x[1::2]), y[1::2]))
     assert_same(flat(parts_of(watch).second), second)
+
+
+@pytest.mark.parametrize("armed", [False, True])
+@pytest.mark.parametrize("first", ["observe", "criterion", "observe twice"])
+def test_what_is_observed_twice_counts_once(first: str, armed: bool):
+    model, criterion, (x, y) = mlp(), nn.CrossEntropyLoss(), data()
+    watch = watching(model, criterion, armed)
+    for scale in (0.25, 0.75):  # two micro-batches
+        f = model(x)
+        if first != "criterion":
+            watch.observe(f, y, scale=0.5)
+        if first == "observe twice":
+            watch.observe(f, y, scale=scale)
+            loss = F.cross_entropy(f, y)
+        else:
+            loss = criterion(f, y)
+        if first == "criterion":
+            watch.observe(f, y, scale=0.5)
+        (scale * loss).backward()
+    assert [o.kappa for o in watch.batch().observations] == [0.25, 0.75]
+    assert watch.batch().weight == 1
+    assert_same(gradient_of(watch), own_gradient(model, lambda twin: criterion(twin(x), y)))
+
+
+def test_what_only_looks_like_the_same_counts_by_itself():
+    model, criterion, (x, y) = mlp(), nn.CrossEntropyLoss(), data()
+    watch = watching(model, criterion)
+    f = model(x)
+    criterion(f, y)  # never differentiated
+    watch.observe(f, y, scale=0.5)
+    watch.observe(f, y.clone(), scale=0.25)  # other targets, mixed with the first
+    watch.observe(f / 2, y)
+    (0.75 * F.cross_entropy(f, y)).backward()
+    assert [o.kappa for o in watch.batch().observations] == [0.5, 0.25]
+    watch.clear()
+    model.zero_grad()
+    f = model(x)
+    (criterion(f, y) + criterion(f, y)).backward()
+    assert watch.batch().weight == 2
 
 
 @pytest.mark.parametrize("where", ["after the criterion", "before the model"])

@@ -16,9 +16,16 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves, tree_map
 
 from conjopt.measure.graph_hooks import without_multi_grad_hooks
-from conjopt.measure.shards import moved_in_place
+from conjopt.measure.shards import is_sharded, moved_in_place
 
-__all__ = ["RandomState", "Replay", "compiled_parts", "refuse_reentrant", "renormalised"]
+__all__ = [
+    "RandomState",
+    "Replay",
+    "changed_buffers",
+    "compiled_parts",
+    "refuse_reentrant",
+    "renormalised",
+]
 
 # Whether the model runs for a measurement, which other measurements are to leave alone.
 REPLAYING: contextvars.ContextVar[bool] = contextvars.ContextVar("REPLAYING", default=False)
@@ -31,8 +38,9 @@ class Replay:
     """A forward of the model that can be run again, with other parameters if wanted.
 
     The copy of the inputs, the state of the random number generators before the forward, and
-    copies of the buffers make it the same function; nothing that the model owns is written to.
-    Parts that `torch.compile` was called on run uncompiled.
+    copies of the buffers, those that it changed as they were before it, make it the same function;
+    nothing that the model owns is written to. Parts that `torch.compile` was called on run
+    uncompiled.
 
     Attributes:
         model: the module.
@@ -40,6 +48,7 @@ class Replay:
         kwargs: its keyword arguments.
         random: the state of the generators before the forward.
         paused: a context in which the hooks of the watch are off.
+        buffers: by name, what to start from in place of the model's own, see `changed_buffers`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.5))
@@ -56,6 +65,7 @@ class Replay:
     kwargs: dict[str, Any]
     random: RandomState
     paused: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    buffers: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @staticmethod
     def random_state(model: nn.Module) -> RandomState:
@@ -114,10 +124,15 @@ class Replay:
     ) -> tuple[list[Tensor | None], bool | None]:
         # torch.compile's wrapper, if any, is taken off: forward mode cannot go through it.
         model: Any = self.model
+        before = self.buffers
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
-            parameters = {name.removeprefix("_orig_mod."): p for name, p in parameters.items()}
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+            parameters, before = (
+                {name.removeprefix("_orig_mod."): t for name, t in tensors.items()}
+                for tensors in (parameters, before)
+            )
+        # Copies, as the forward may write to them.
+        buffers = {n: before.get(n, buffer).clone() for n, buffer in model.named_buffers()}
         if copy and (written := renormalised(model)):
             copies = {n: parameters.get(n, p).clone() for n, p in written.items()}
             parameters = {**parameters, **copies}
@@ -187,6 +202,29 @@ class Replay:
             else product.detach()
             for name, parameter in parameters.items()
         ]
+
+
+def changed_buffers(model: nn.Module, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those copies of buffers that a forward has made differ from the buffers themselves.
+
+    Waits for no device: on one, and where they cannot be compared, all count as changed.
+
+    Args:
+        model: after the forward.
+        before: by name, copies of its buffers from before.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+        >>> before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        >>> _ = model.eval()(torch.ones(4, 2))
+        >>> list(changed_buffers(model, before))
+        []
+        >>> _ = model.train()(torch.ones(4, 2))
+        >>> list(changed_buffers(model, before))
+        ['1.running_mean', '1.running_var', '1.num_batches_tracked']
+    """
+    now = dict(model.named_buffers())
+    return {n: copy for n, copy in before.items() if n in now and not _same(now[n], copy)}
 
 
 def renormalised(model: nn.Module) -> dict[str, Tensor]:
@@ -283,6 +321,15 @@ def _called(
     if not tensors and not isinstance(model, torch.jit.ScriptModule | nn.DataParallel):
         return model(*args, **kwargs)
     return functional_call(model, tensors, args, kwargs, strict=False)
+
+
+def _same(now: Tensor, before: Tensor) -> bool:
+    if now.device.type != "cpu" or is_sharded(now):
+        return False
+    try:
+        return torch.equal(now, before)
+    except RuntimeError:  # sparse, quantised, or of another type than before
+        return False
 
 
 def _cloned(leaf: Any) -> Any:

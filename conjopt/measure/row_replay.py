@@ -100,6 +100,7 @@ def of_rows(
         kwargs,
         replay.random,
         replay.paused,
+        replay.buffers,
         rows,
         size,
         {} if expected is None else expected,

@@ -23,10 +23,15 @@ from torch.utils.hooks import RemovableHandle
 from conjopt.losses import potential_of
 from conjopt.measure.observation import Batch, Forward, Marks, Observation
 from conjopt.measure.process_group import Ranks
-from conjopt.measure.replay import Replay, refuse_reentrant
+from conjopt.measure.replay import Replay, changed_buffers, refuse_reentrant
 from conjopt.measure.shards import holds_back, is_sharded
 
 __all__ = ["Hook", "Watch"]
+
+
+Pair = tuple[object, int, int]  # tells outputs and targets, as long as they live
+
+NODE = object()  # the key of what tells a node of the graph in its metadata
 
 
 @dataclasses.dataclass(eq=False)
@@ -38,6 +43,7 @@ class Backward:
     observations: list[Observation] = dataclasses.field(default_factory=list)
     gradients: list[tuple[Forward, int, Tensor]] = dataclasses.field(default_factory=list)
     local: list[tuple[str, Tensor]] = dataclasses.field(default_factory=list)
+    called: dict[Pair, Tensor] = dataclasses.field(default_factory=dict)  # on what targets
     joined: bool = False
 
 
@@ -57,9 +63,10 @@ class Watch:
             found to call the model, if there is one.
 
     Attributes:
-        armed: whether the next batch will be measured: then inputs, outputs, their gradients and
-            the state of the random number generators are kept as well, and what each backward adds
-            to ``.grad`` before it is averaged over ranks.
+        armed: whether the next batch will be measured: then inputs, targets, outputs, their
+            gradients, the state of the random number generators and the buffers that a forward
+            changes are kept as well, and what each backward adds to ``.grad`` before it is averaged
+            over ranks.
 
     Raises:
         TypeError: if the criterion is not recognised.
@@ -96,9 +103,10 @@ class Watch:
         self._marks: Marks = []
         self._token = object()  # marks the nodes of the graph that made the model's outputs
         self._kept: tuple[Any, Any, Any] | None = None
+        self._buffers: dict[str, Tensor] = {}  # copies from before the forward that is under way
         self._in_backward: Backward | None = None
         self._sharded = any(is_sharded(p) for p in self.parameters.values())
-        self._explicit: list[RemovableHandle] = []
+        self._explicit: dict[Pair, RemovableHandle] = {}
         self._forward_seen = self._criterion_seen = self._unrelated = self._joined = False
         handles = [
             model.register_forward_pre_hook(Hook(self, "_before_forward"), with_kwargs=True),
@@ -174,7 +182,8 @@ class Watch:
     def observe(self, outputs: Tensor, targets: Tensor, scale: float = 1.0) -> None:
         """Say what the loss is made of, where the criterion module is not called itself.
 
-        Call it between the model's forward and the backward pass.
+        Call it between the model's forward and the backward pass. The same outputs and targets
+        count once: as in the last call, or as the criterion itself was called on them.
 
         Args:
             outputs: what the criterion would be given; part of the graph of the loss.
@@ -205,7 +214,10 @@ class Watch:
         with torch.no_grad():
             value = self.criterion(outputs.detach(), targets)
         factor = torch.full_like(value, scale)
-        self._explicit.append(self._await(outputs, value, outputs, targets, origins, factor))
+        pair = _pair(outputs, targets)
+        if pair in self._explicit:
+            self._explicit.pop(pair).remove()
+        self._explicit[pair] = self._await(outputs, value, outputs, targets, origins, factor)
 
     def clear(self) -> None:
         """Forget what was observed; what is still to be differentiated stays known.
@@ -235,9 +247,9 @@ class Watch:
             >>> watch.release()
         """
         self.clear()
-        self._token, self._kept, self._latest = object(), None, None
+        self._token, self._kept, self._buffers, self._latest = object(), None, {}, None
         self.take_local()
-        for handle in self._explicit:  # they hold what holds them
+        for handle in self._explicit.values():  # they hold what holds them
             handle.remove()
         self._explicit.clear()
         self._forward_seen = self._criterion_seen = self._unrelated = False
@@ -303,7 +315,7 @@ class Watch:
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._watching(module):
             return
-        self._kept = None  # of a forward that failed
+        self._kept, self._buffers = None, {}  # of a forward that failed
         wrapper = _active_wrapper()
         if wrapper is not None and (self._wrapper is None or self._wrapper() is not wrapper):
             self.wrapped_by(wrapper)
@@ -316,6 +328,7 @@ class Watch:
         # Copies, as the model or the loop may write to them before they are needed.
         copied = tree_map(_copied, (args, kwargs))
         self._kept = (*copied, Replay.random_state(self.model))
+        self._buffers = {n: b.detach().clone() for n, b in self.model.named_buffers()}
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self._watching(module):
@@ -332,8 +345,9 @@ class Watch:
         replay = None
         if self._kept is not None:
             paused = functools.partial(_paused, weakref.ref(self))  # else the graph would hold it
-            replay = Replay(self.model, *self._kept, paused=paused)
-            self._kept = None
+            before = changed_buffers(self.model, self._buffers)
+            replay = Replay(self.model, *self._kept, paused=paused, buffers=before)
+            self._kept, self._buffers = None, {}
             refuse_reentrant(tensor for _, tensor in tensors)
         samples = {place: tensor.shape[0] if tensor.ndim else 0 for place, tensor in tensors}
         forward = Forward(replay, {}, samples)
@@ -362,6 +376,8 @@ class Watch:
     def _after_criterion(self, module: nn.Module, args: Any, kwargs: Any, value: Any) -> None:
         if self._paused or module is not self.criterion or not torch.is_grad_enabled():
             return
+        if _inside_functorch():
+            return
         if not isinstance(value, Tensor) or not value.requires_grad:
             return
         outputs, targets = _criterion_arguments(args, kwargs)
@@ -387,7 +403,9 @@ class Watch:
         itself = len(origins) == 1 and edge[:2] == (outputs.grad_fn, outputs.output_nr)
         armed = forward.replay is not None
         pull = None if itself or joined or not armed else self._pull(outputs, origins)
-        kept = outputs.detach().clone() if armed else None
+        pair, given, kept = _pair(outputs, targets), targets, None
+        if armed:  # copies, as the loop may write to them before the step
+            kept, targets = outputs.detach().clone(), targets.detach().clone()
         reference = weakref.ref(self)
         shaped = outputs.detach()
 
@@ -398,6 +416,10 @@ class Watch:
             backward = watch._enter_backward()
             if joined:
                 backward.joined = True
+                return
+            if factor is None:
+                backward.called[pair] = given  # which lives as long as the hook does
+            elif pair in backward.called:  # by the criterion, whose value comes before its input
                 return
             reading = watch.potential_of
             backward.observations.append(
@@ -500,6 +522,7 @@ class Watch:
             and torch.is_grad_enabled()
             # Checkpointing calls the model again inside the backward pass.
             and torch._C._current_graph_task_id() == -1
+            and not _inside_functorch()
         )
 
     def _no_gradients(self) -> bool:
@@ -633,6 +656,17 @@ def _active_wrapper() -> DistributedDataParallel | None:
 def _join_is_on(wrapper: weakref.ref[nn.Module] | None) -> bool:
     config = getattr(None if wrapper is None else wrapper(), "_join_config", None)
     return bool(getattr(config, "enable", False))
+
+
+def _pair(outputs: Tensor, targets: Tensor) -> Pair:
+    node: Any = outputs.grad_fn
+    return node.metadata.setdefault(NODE, object()), outputs.output_nr, id(targets)
+
+
+def _inside_functorch() -> bool:
+    """Whether a transform of torch.func runs, whose gradients it hands out instead of ``.grad``."""
+    peek = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
+    return peek is not None and peek() is not None
 
 
 def _criterion_arguments(args: Any, kwargs: Any) -> tuple[Any, Any]:

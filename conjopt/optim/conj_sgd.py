@@ -16,7 +16,7 @@ from conjopt.measure.observation import Batch
 from conjopt.measure.process_group import Joined
 from conjopt.measure.shards import reshard
 from conjopt.measure.watch import Watch
-from conjopt.optim import checks, measuring
+from conjopt.optim import checks, measuring, other_terms
 from conjopt.optim.batch_rule import BatchAdvisor, BatchRule, Recommendation
 from conjopt.optim.batch_rule import batch_rule as rule_of
 from conjopt.optim.blocks import Blocks
@@ -356,6 +356,8 @@ class ConjSGD(Saved):
                 self.status(), lr, batch, joined, self._floor, statistics, taken=taken
             )
         self._memory.say_once()
+        if found is not None and found.other_terms > other_terms.MOST:
+            self._say_what_rules_miss(found.other_terms)
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -378,7 +380,8 @@ class ConjSGD(Saved):
     def observe(self, outputs: Tensor, targets: Tensor, scale: float = 1.0) -> None:
         """Say what the loss is made of, where the criterion module itself is not called.
 
-        Call it between the model's forward and ``backward()``.
+        Call it between the model's forward and ``backward()``. The same outputs and targets count
+        once: as in the last call, or as the criterion itself was called on them.
 
         Args:
             outputs: what the criterion would be given, computed from the model's output.
@@ -669,3 +672,8 @@ class ConjSGD(Saved):
                 RuntimeWarning,
                 stacklevel=levels_to_the_user(),
             )
+
+    def _say_what_rules_miss(self, share: float) -> None:
+        if "other terms" not in self._warned:
+            self._warned.add("other terms")
+            other_terms.warn(share, self._rule.name)

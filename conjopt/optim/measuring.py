@@ -32,6 +32,7 @@ from conjopt.optim.blocks import Blocks
 from conjopt.optim.directions import Direction, Pending, is_matrix
 from conjopt.optim.gate import Gate, write
 from conjopt.optim.memory import Memory
+from conjopt.optim.other_terms import share_of_other_terms, to_be_looked_at
 from conjopt.optim.statistics import Measurement, Statistics
 
 __all__ = ["Found", "along_gradient", "change_only", "couples_samples", "held_out", "measure"]
@@ -112,6 +113,8 @@ class Found:
         trust_only: whether slopes and curvature could not be measured.
         lost: () whether a rank ran out of memory, so that this is no measurement; None for no.
         trial: for trying the step on the outputs; None where that is not done.
+        other_terms: share of the gradient that did not come through the criterion; 0 where nobody
+            looked.
     """
 
     directions: list[Tensor]
@@ -122,6 +125,7 @@ class Found:
     trust_only: bool = False
     lost: Tensor | None = None
     trial: Trial | None = None
+    other_terms: float = 0.0
 
     @property
     def nothing(self) -> bool:
@@ -190,7 +194,11 @@ def measure(
     if not coupled:
         memory.fit(batch)
     if not direction.held_out:
-        return along_gradient(watch, batch, joined, blocks, direction, product, products, memory)
+        found = along_gradient(watch, batch, joined, blocks, direction, product, products, memory)
+        at_risk = products or any(group["momentum"] for group in blocks.groups)
+        if at_risk and not ranks.several and to_be_looked_at(statistics.measured):
+            found.other_terms = share_of_other_terms(watch, batch, blocks)
+        return found
     if coupled:
         return change_only(batch, blocks, direction, ranks, memory)
     parts = _parts(watch, batch, joined, blocks)
