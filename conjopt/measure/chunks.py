@@ -105,7 +105,7 @@ class ChunkedReplay(Replay):
             return leaf[rows] if ours else leaf
 
         args, kwargs = tree_map(cut, (self.args, self.kwargs))
-        return Replay(self.model, args, kwargs, self.random, self.paused)
+        return Replay(self.model, args, kwargs, self.random, self.paused, self.buffers)
 
 
 def run_in_chunks(batch: Batch, chunks: int) -> bool:

@@ -12,7 +12,8 @@ from loop import RULES, backward, criterion_of, data, equal, make, network, para
 from torch import nn
 
 from conjopt.bounds import ConvergenceLedger
-from conjopt.measure.replay import REPLAYING
+from conjopt.measure.chunks import ChunkedReplay
+from conjopt.measure.replay import REPLAYING, Replay
 from conjopt.optim.measuring import Trial
 
 OPTIONS = {"warmup": 3, "measure_every": 4}
@@ -317,3 +318,21 @@ def test_out_of_memory_in_the_training_itself_is_torchs_error():
         criterion_of(optimizer)(model(data()[0]), data()[1]).backward()
     optimizer.zero_grad()
     assert equal(before, parameters(model))
+
+
+def test_chunks_start_from_the_buffers_of_the_whole():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return x / self.calls
+
+    model, x = Counting(), torch.randn(6, 2)
+    replay = Replay(model, (x,), {}, Replay.random_state(model), buffers={"calls": torch.zeros(())})
+    model(x)
+    for chunks in (1, 2, 3):
+        (again,) = ChunkedReplay(**vars(replay), samples=6, chunks=chunks).run({})
+        assert torch.equal(again, x)
