@@ -14,7 +14,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from conjopt import ConjSGD
-from conjopt.optim import GradientEdge, PolyakStep, Smoothness, gradient_rules, other_terms
+from conjopt.optim import (
+    GradientEdge,
+    PolyakStep,
+    Smoothness,
+    gradient_rules,
+    measuring,
+    other_terms,
+)
 from conjopt.optim.statistics import SLOW, Measurement, Statistics
 
 RULES = ["edge", "smoothness", "polyak"]
@@ -625,3 +632,27 @@ def test_a_model_that_does_not_run_again_is_not_judged(monkeypatch):
     )
     assert not train_heads(optimizer, 1, second_head)
     assert shares == [0.0]
+
+
+@pytest.mark.parametrize("direction", ["spectral", "sgd"])
+def test_where_nobody_looks_no_other_terms_are_found(direction, monkeypatch):
+    """A second head counts where its share is measured, and is 0 elsewhere."""
+    found, measure = [], measuring.measure
+    monkeypatch.setattr(
+        measuring, "measure", lambda *given: found.append(measure(*given)) or found[-1]
+    )
+    torch.manual_seed(0)
+    model, criterion = nn.Linear(4, 3), nn.CrossEntropyLoss()
+    optimizer = ConjSGD(model.parameters(), model=model, loss=criterion, direction=direction)
+    x, y = torch.randn(8, 4), torch.arange(8) % 3
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "ConjSGD: .* did not come through the criterion")
+        for _ in range(3):
+            optimizer.zero_grad()
+            outputs = model(x)
+            (criterion(outputs, y) + (outputs - 5).square().mean()).backward()
+            optimizer.step()
+    shares = [one.other_terms for one in found]
+    assert shares[1:] == [0, 0]
+    assert (shares[0] > 0.1) == (direction == "sgd")
+    assert (shares[0] == 0) == (direction == "spectral")
