@@ -227,6 +227,15 @@ def test_a_gradient_that_is_written_to_later_in_the_backward_was_measured_before
     assert_close(probe.norms, (4 * plain.square() - 3 * head.square()).sqrt())
 
 
+def test_a_second_backward_without_the_graph_is_torchs_own_error():
+    model, x = make("mlp")
+    EnergyProbe(model)
+    loss = model(x).sum()  # which keeps nothing for its backward
+    loss.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
 def test_hooks_that_change_a_gradient_are_before_the_probe():
     model, x = make("mlp")
     probe = EnergyProbe(model)

@@ -143,7 +143,7 @@ class Live(Recorder):
         return sums
 
     def _arrived(self, held: list[Use], place: int, gradient: Tensor | None) -> None:
-        if gradient is not None:
+        if gradient is not None and held:  # else the node itself says that its graph is gone
             self._all_arrived(held, [place], [gradient.reshape(held[0].shapes[place])])
 
     def _all_arrived(
