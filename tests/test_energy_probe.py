@@ -113,6 +113,55 @@ def test_norms_are_those_of_the_function_and_gradients_the_same_to_the_bit(name,
         assert_close(probe.energy, gradient_energy(model, CRITERION, x, Y))
 
 
+class Normalised(nn.Module):
+    """A group normalisation as it is called in several ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.inner = way, nn.Conv1d(3, 4, 1)
+        self.norm = nn.GroupNorm(1 if way == "one group" else 2, 4, eps=0.1)
+        nn.init.normal_(self.norm.weight)
+        if way == "frozen scale":
+            self.norm.weight.requires_grad_(False)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(x)
+        if self.way == "no places":
+            return self.head(self.norm(h.mean(2)).tanh())
+        if self.way == "by name":
+            return self.head(F.group_norm(h, num_groups=2, weight=self.norm.weight).mean(2).tanh())
+        if self.way == "checkpointed":
+            h = checkpoint(self.norm, h, use_reentrant=False)
+        else:
+            h = self.norm(h)
+        return self.head((h.relu_() if self.way == "written to" else h.tanh()).mean(2))
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize(
+    "way",
+    ["plain", "one group", "frozen scale", "no places", "by name", "checkpointed", "written to"],
+)
+def test_group_normalisation_without_normalising_again(way, share):
+    torch.manual_seed(0)
+    model, x = Normalised(way).double(), torch.randn(6, 3, 5, dtype=torch.float64)
+    model.norm.bias.requires_grad_(way != "by name")  # where it has no part
+    probe = EnergyProbe(model, share=share)
+    CRITERION(model(x), Y).backward()
+    assert_close(probe.norms, norms_of(model, CRITERION, x, Y)[:: round(1 / share)])
+
+
+def test_group_normalisation_under_autocast():
+    torch.manual_seed(0)
+    model, x = Normalised("plain"), torch.randn(6, 3, 5)
+    expected = norms_of(model, CRITERION, x, Y)
+    probe = EnergyProbe(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        CRITERION(model(x), Y).backward()
+    assert_close(probe.norms.float(), expected, rtol=3e-2, atol=0)
+
+
 def test_it_measures_every_so_many_forwards_with_gradients():
     model, x = make("mlp")
     probe = EnergyProbe(model, every=3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,12 +62,12 @@ class Live(Recorder):
         store: Callable[[Tensor, int], None],
     ) -> None:
         parameters = dict(model.named_parameters())
-        super().__init__(parameters, inputs, constants_of(model), samples, places)
+        super().__init__(parameters, inputs, partial(constants_of, model), samples, places)
         self._stride, self._store, self._fused = min(stride, samples), store, fused
         self._counts: dict[int, int] = {}
         self._kept: dict[int, list[Piece]] = {}
         self._little: list[Tensor] = []
-        self._total: Tensor | None = None
+        self._squares: list[Tensor] = []
         self._task = -1
         self._joints: dict[int, _Joint] = {}  # by the result
 
@@ -121,6 +122,7 @@ class Live(Recorder):
             result = result if base is None else base
             node, number = result.grad_fn, result.output_nr
             assert node is not None
+            use.statistics = _statistics(use, node)
             # After all hooks of the tensor, which may change its gradient.
             node.register_prehook(lambda gradients: self._arrived(held, place, gradients[number]))
             return
@@ -144,7 +146,9 @@ class Live(Recorder):
 
     def _arrived(self, held: list[Use], place: int, gradient: Tensor | None) -> None:
         if gradient is not None and held:  # else the node itself says that its graph is gone
-            self._all_arrived(held, [place], [gradient.reshape(held[0].shapes[place])])
+            shape = held[0].shapes[place]
+            gradient = gradient if gradient.shape == shape else gradient.reshape(shape)
+            self._all_arrived(held, [place], [gradient])
 
     def _all_arrived(
         self, held: list[Use], places: list[int], gradients: Sequence[Tensor | None]
@@ -163,7 +167,7 @@ class Live(Recorder):
         cotangents: Sequence[Tensor | None],
         sums: dict[int, Tensor] | None = None,
     ) -> None:
-        if self._total is None and not self._kept and not self._little:
+        if not self._squares and not self._kept and not self._little:
             self._task = torch._C._current_graph_task_id()
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         parts: list[Tensor] = []
@@ -192,7 +196,7 @@ class Live(Recorder):
                 if squares is not None:
                     parts.append(squares)
             if parts:
-                self._count(parts[0] if len(parts) == 1 else torch.cat(parts))
+                self._squares.append(parts[0] if len(parts) == 1 else torch.cat(parts))
 
     def _put_by(self, piece: Piece, cotangents: Sequence[Tensor | None]) -> bool:
         """Keep a piece, if it is small, to take the norms of many of them in one call."""
@@ -215,7 +219,7 @@ class Live(Recorder):
             by_kind.setdefault(gradients.dtype, []).append(gradients)
         self._little = []
         for same in by_kind.values():
-            self._count(torch.linalg.vector_norm(torch.cat(same, 1), dim=1).square())
+            self._squares.append(torch.linalg.vector_norm(torch.cat(same, 1), dim=1).square())
 
     def _ranges(self, use: Use) -> list[slice]:
         """Return ranges of the samples to measure at a time, to hold few gradients at once."""
@@ -235,8 +239,9 @@ class Live(Recorder):
 
     def _alone(self, weight: Tensor) -> bool:
         """Whether no other use adds to a weight's gradients."""
-        alone = id(weight) not in self.bases and self._counts[id(weight)] == 1
-        return alone and not self._is_base(weight)
+        if self._counts[id(weight)] != 1:
+            return False
+        return not self.bases or (id(weight) not in self.bases and not self._is_base(weight))
 
     def _keep(self, weight: Tensor, piece: Piece) -> None:
         bases = self.bases.get(id(weight))
@@ -251,17 +256,22 @@ class Live(Recorder):
     def _is_base(self, weight: Tensor) -> bool:
         return any(weight is base for bases in self.bases.values() for base in bases)
 
-    def _count(self, squares: Tensor) -> None:
-        self._total = squares if self._total is None else self._total + squares
-
     def _finish(self) -> None:
         with torch.no_grad():
             for pieces in self._kept.values():
-                self._count(squared_norms(pieces))
+                self._squares.append(squared_norms(pieces))
             self._count_little()
-        total, self._total, self._kept = self._total, None, {}
-        if total is not None:
-            self._store(self.samples * total.sqrt(), self._task)
+            squares, self._squares, self._kept = self._squares, [], {}
+            if squares:
+                total = torch.stack(squares).sum(0)
+                self._store(self.samples * total.sqrt(), self._task)
+
+
+def _statistics(use: Use, node: Any) -> tuple[Tensor, Tensor] | None:
+    """Return the means and inverse deviations that a group normalisation keeps for its backward."""
+    if use.function is not F.group_norm or node.name() != "NativeGroupNormBackward0":
+        return None
+    return node._saved_result1.detach(), node._saved_result2.detach()
 
 
 @dataclasses.dataclass

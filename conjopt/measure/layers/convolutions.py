@@ -10,17 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from conjopt.measure.layers.pieces import Outer, through_places
-from conjopt.measure.layers.rules import Cotangents, Found, flat, register_rule
+from conjopt.measure.layers.rules import Cotangents, Found, flat, over_places, register_rule
 from conjopt.measure.layers.uses import Use
 
 
 @register_rule(torch.conv1d, torch.conv2d, torch.conv3d)
 def _convolution(use: Use, cotangents: Cotangents) -> Found | None:
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    defaults = (None, None, None, 1, 0, 1, 1)
-    x, weight, bias, stride, padding, dilation, groups = (
-        use.argument(i, name, default)
-        for i, (name, default) in enumerate(zip(names, defaults, strict=True))
+    x, weight, bias, stride, padding, dilation, groups = use.arguments(
+        input=None, weight=None, bias=None, stride=1, padding=0, dilation=1, groups=1
     )
     dims = weight.ndim - 2
     if isinstance(padding, str):
@@ -38,12 +35,10 @@ def _convolution(use: Use, cotangents: Cotangents) -> Found | None:
 
 @register_rule(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
 def _transposed(use: Use, cotangents: Cotangents) -> Found | None:
-    names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-    defaults = (None, None, None, 1, 0, 0, 1, 1)
-    x, weight, bias, stride, padding, extra, groups, dilation = (
-        use.argument(i, name, default)
-        for i, (name, default) in enumerate(zip(names, defaults, strict=True))
-    )
+    x, weight, bias, stride, padding, extra, groups, dilation = use.arguments(
+        input=None, weight=None, bias=None, stride=1, padding=0, output_padding=0, groups=1,
+        dilation=1,
+    )  # fmt: skip
     dims = weight.ndim - 2
     stride, padding, dilation, extra = (
         _each(value, dims) for value in (stride, padding, dilation, extra)
@@ -67,7 +62,7 @@ def _convolve(
         return None
     found: Found = []
     if bias is not None and use.is_weight(bias):
-        found.append(flat(bias, b.flatten(3).sum(-1)))
+        found.append(flat(bias, over_places(b)))
     if use.is_weight(weight):
         *rest, groups = options
         pointwise = math.prod(weight.shape[2:]) == 1 and weight.ndim < 5  # a linear layer

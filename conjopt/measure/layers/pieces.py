@@ -174,12 +174,11 @@ def squared_norms(pieces: Sequence[Piece]) -> Tensor:
         pieces: What the uses of the parameter give, with `k = 1`; their sum is the gradient.
     """
     merged = joined(pieces)
-    if len(merged) != 1 or isinstance(merged[0], Lookup):
-        return sample_gram(merged)[:, 0, 0]
-    (piece,) = merged
-    if isinstance(piece, Dense):
+    piece = merged[0]
+    if len(merged) == 1 and isinstance(piece, Dense):
         return torch.linalg.vector_norm(piece.gradients[0].flatten(1), dim=1).square()
-    assert isinstance(piece, Outer)
+    if len(merged) != 1 or not isinstance(piece, Outer):
+        return sample_gram(merged)[:, 0, 0]
     left, right = piece.left[0], piece.right[0]  # (m, g, t, q), (m, g, t, p)
     t, q, p = left.shape[2], left.shape[3], right.shape[3]
     if t == 1:

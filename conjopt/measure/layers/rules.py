@@ -110,9 +110,14 @@ def flat(weight: Tensor, gradients: Tensor) -> tuple[Tensor, Piece]:
     return weight, Dense(gradients.reshape(*gradients.shape[:2], 1, 1, -1))
 
 
+def over_places(b: Tensor) -> Tensor:
+    """Sum `(k, m, channels, *places)` over the places."""
+    return b.sum(tuple(range(3, b.ndim))) if b.ndim > 3 else b
+
+
 @register_rule(F.linear)
 def _linear(use: Use, cotangents: Cotangents) -> Found | None:
-    x, weight, bias = (use.argument(i, n) for i, n in enumerate(("input", "weight", "bias")))
+    x, weight, bias = use.arguments(input=None, weight=None, bias=None)
     (b,) = cotangents
     at = use.at(x)
     if use.is_weight(x) or b is None or at != use.places[0]:
@@ -206,9 +211,9 @@ def _reduced(b: Tensor, shape: torch.Size, dim: int) -> Tensor:
 
 @register_rule(F.layer_norm)
 def _layer_norm(use: Use, cotangents: Cotangents) -> Found | None:
-    x, shape = use.argument(0, "input"), use.argument(1, "normalized_shape")
-    weight, bias = use.argument(2, "weight"), use.argument(3, "bias")
-    eps = use.argument(4, "eps", 1e-5)
+    x, shape, weight, bias, eps = use.arguments(
+        input=None, normalized_shape=None, weight=None, bias=None, eps=1e-5
+    )
     return _affine(
         use, cotangents, weight, bias, lambda: F.layer_norm(x, shape, eps=eps), len(shape)
     )
@@ -216,8 +221,7 @@ def _layer_norm(use: Use, cotangents: Cotangents) -> Found | None:
 
 @register_rule(F.rms_norm)
 def _rms_norm(use: Use, cotangents: Cotangents) -> Found | None:
-    x, shape = use.argument(0, "input"), use.argument(1, "normalized_shape")
-    weight, eps = use.argument(2, "weight"), use.argument(3, "eps")
+    x, shape, weight, eps = use.arguments(input=None, normalized_shape=None, weight=None, eps=None)
     return _affine(use, cotangents, weight, None, lambda: F.rms_norm(x, shape, eps=eps), len(shape))
 
 
@@ -249,10 +253,30 @@ def _affine(
 
 @register_rule(F.group_norm)
 def _group_norm(use: Use, cotangents: Cotangents) -> Found | None:
-    x, groups = use.argument(0, "input"), use.argument(1, "num_groups")
-    weight, bias = use.argument(2, "weight"), use.argument(3, "bias")
-    eps = use.argument(4, "eps", 1e-5)
+    x, groups, weight, bias, eps = use.arguments(
+        input=None, num_groups=None, weight=None, bias=None, eps=1e-5
+    )
+    if use.statistics is not None:
+        return _by_statistics(use, cotangents, x, weight, bias)
     return _by_channel(use, cotangents, weight, bias, lambda: F.group_norm(x, groups, eps=eps))
+
+
+def _by_statistics(
+    use: Use, cotangents: Cotangents, x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Found | None:
+    """Scale and shift of a group normalisation, without normalising again."""
+    (b,), kept = cotangents, use.statistics
+    if b is None or kept is None or not use.plain(0):
+        return None
+    mean, inverse = (t.unsqueeze(-1) for t in kept)  # (m, groups, 1)
+    shift = over_places(b).reshape(len(b), *kept[0].shape, -1)  # channels by groups
+    found: Found = []
+    if weight is not None and use.is_weight(weight):
+        scale = over_places(b * x).reshape(shift.shape)
+        found.append(flat(weight, (scale - mean * shift) * inverse))
+    if bias is not None and use.is_weight(bias):
+        found.append(flat(bias, shift))
+    return found
 
 
 @register_rule(F.instance_norm)
@@ -289,7 +313,7 @@ def _prelu(use: Use, cotangents: Cotangents) -> Found | None:
     (x, weight), (b,) = (use.argument(0, "input"), use.argument(1, "weight")), cotangents
     if b is None or b.ndim < 3 or not use.plain(0):
         return None
-    by_channel = (b * x.clamp(max=0)).unsqueeze(-1).flatten(3).sum(-1)
+    by_channel = over_places(b * x.clamp(max=0))
     return [flat(weight, by_channel if weight.numel() > 1 else by_channel.sum(-1))]
 
 
@@ -308,9 +332,9 @@ def _by_channel(
     if weight is not None and use.is_weight(weight):
         with torch.no_grad():
             x = normalised()
-        found.append(flat(weight, (b * x).unsqueeze(-1).flatten(3).sum(-1)))
+        found.append(flat(weight, over_places(b * x)))
     if bias is not None and use.is_weight(bias):
-        found.append(flat(bias, b.unsqueeze(-1).flatten(3).sum(-1)))
+        found.append(flat(bias, over_places(b)))
     return found
 
 

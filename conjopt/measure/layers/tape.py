@@ -9,6 +9,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,7 +76,8 @@ class Tape:
         self._parameters = {name: p for name, p in every.items() if p.requires_grad}
         replay = Replay(model, args, kwargs, Replay.random_state(model))
         where = places_of_inputs(model, args, kwargs, self.samples)
-        self._recorder = Recorder(every, tensors, constants_of(model), self.samples, where)
+        constants = partial(constants_of, model)
+        self._recorder = Recorder(every, tensors, constants, self.samples, where)
         with torch.enable_grad(), self._recorder:
             outputs, self.draws = replay.run_telling_draws(copies, copy=False)
         self.outputs = [output for output in outputs if output is not None]

@@ -12,10 +12,11 @@ from torch.autograd.graph import GradientEdge
 
 from conjopt.measure.layers.layout import LOST, RANGE, Samples
 
-__all__ = ["LAYOUTS", "Use"]
+__all__ = ["INTEGERS", "LAYOUTS", "Use"]
 
 Layout = Callable[[tuple[Any, ...], dict[str, Any]], tuple[dict[int, int | None], Sequence[int]]]
 LAYOUTS: dict[Any, Layout] = {}  # of functions that say themselves where they keep samples
+INTEGERS = frozenset((int,))
 
 
 @dataclasses.dataclass(eq=False)
@@ -35,6 +36,8 @@ class Use:
         where: By the `id` of an argument, where its samples are.
         whole: Whether it cannot be called for a sample alone.
         stride: Only every so many samples are wanted; set where `whole`.
+        statistics: What a group normalisation kept for its own backward, `(m, groups)` each: means
+            and inverse standard deviations.
 
     Example:
         >>> from conjopt.measure.layers.tape import Tape
@@ -56,6 +59,7 @@ class Use:
     where: dict[int, Samples | None]
     whole: bool = False
     stride: int = 1
+    statistics: tuple[Tensor, Tensor] | None = None
 
     @property
     def constants(self) -> frozenset[int]:
@@ -66,9 +70,19 @@ class Use:
         """Return an argument that may have been given by place or by name."""
         return self.args[place] if place < len(self.args) else self.kwargs.get(name, default)
 
+    def arguments(self, **defaults: Any) -> list[Any]:
+        """Return all arguments of a function, given their names and defaults in its order."""
+        given = list(self.args)
+        for name in list(defaults)[len(given) :]:
+            given.append(self.kwargs.get(name, defaults[name]))
+        return given
+
     def is_weight(self, value: Any) -> bool:
         """Whether an argument is one of the weights."""
-        return any(value is weight for weight in self.weights)
+        for weight in self.weights:  # noqa: SIM110 (this runs between kernels)
+            if value is weight:
+                return True
+        return False
 
     def at(self, tensor: Any) -> Samples | None:
         """Return where the samples of an argument are, `None` if it has none."""
@@ -91,40 +105,43 @@ class Use:
 
         Where a call cannot be made for some samples alone, the range has to be every so many.
         """
-        chosen = range(self.samples)[rows]
-        if len(chosen) == self.samples:
+        few = len(range(self.samples)[rows])
+        if few == self.samples:
             return self, list(cotangents)
         if self.whole:
-            return dataclasses.replace(self, stride=chosen.step), list(cotangents)
+            return dataclasses.replace(self, stride=rows.step or 1), list(cotangents)
         where: dict[int, Samples | None] = {}
-        few = len(chosen)
+        kept, m = self.statistics, self.samples
         fewer = Use(
-            function=self.function,
-            args=self._part(self.args, rows, where),
-            kwargs={name: self._part(a, rows, where) for name, a in self.kwargs.items()},
-            weights=self.weights,
-            edges=self.edges,
-            shapes=[
-                at.shape(shape, self.samples, few) if at else shape
+            self.function,
+            self._part(self.args, rows, where),
+            self._part(self.kwargs, rows, where) if self.kwargs else self.kwargs,
+            self.weights,
+            self.edges,
+            [
+                shape if at is None else at.shape(shape, m, few)
                 for shape, at in zip(self.shapes, self.places, strict=True)
             ],
-            places=self.places,
-            samples=few,
-            versions=[],
-            where=where,
+            self.places,
+            few,
+            [],
+            where,
+            statistics=kept and (kept[0][rows], kept[1][rows]),
         )
         return fewer, [
-            None if c is None else at.take(c, self.samples, rows) if at and at.dim >= 0 else c
+            c if c is None or at is None or at.dim < 0 else at.take(c, m, rows)
             for c, at in zip(cotangents, self.places, strict=True)
         ]
 
     def _part(self, value: Any, rows: slice, where: dict[int, Samples | None]) -> Any:
         """Take samples of an argument, and note where they are."""
-        if isinstance(value, tuple | list):
-            return type(value)(self._part(item, rows, where) for item in value)
-        at = self.at(value)
-        if not isinstance(value, Tensor) or at is None or at is LOST:
-            return value
-        fewer = at.take(value, self.samples, rows)
-        where[id(fewer)] = at
-        return fewer
+        at = self.where.get(id(value))
+        if at is not None and at is not LOST:
+            fewer = at.take(value, self.samples, rows)
+            where[id(fewer)] = at
+            return fewer
+        if isinstance(value, (tuple, list)) and not INTEGERS.issuperset(map(type, value)):
+            return type(value)([self._part(item, rows, where) for item in value])
+        if isinstance(value, dict):
+            return {name: self._part(item, rows, where) for name, item in value.items()}
+        return value

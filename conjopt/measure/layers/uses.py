@@ -30,7 +30,7 @@ from conjopt.measure.layers.layout import (
     repeated,
     tensors,
 )
-from conjopt.measure.layers.use import LAYOUTS, Use
+from conjopt.measure.layers.use import INTEGERS, LAYOUTS, Use
 
 __all__ = ["Recorder", "Use"]
 
@@ -41,7 +41,7 @@ class Recorder(TorchFunctionMode):
     Args:
         parameters: By name; those that require gradients are recorded.
         inputs: Tensors of the model's inputs.
-        constants: Tensors without samples, such as buffers.
+        constants: Finds tensors without samples, such as buffers; called when it matters.
         samples: `m`, the size of the dimension of samples.
         where: Where the samples of the inputs are; by their sizes if `None`.
 
@@ -55,7 +55,7 @@ class Recorder(TorchFunctionMode):
         self,
         parameters: Mapping[str, Tensor],
         inputs: Iterable[Tensor],
-        constants: Iterable[Tensor],
+        constants: Callable[[], Iterable[Tensor]],
         samples: int,
         where: Iterable[Samples | None] | None = None,
     ) -> None:
@@ -65,8 +65,8 @@ class Recorder(TorchFunctionMode):
         self.made: list[Tensor] = []
         self.bases: dict[int, list[Tensor]] = {}
         self._weights = {id(p): p for p in parameters.values() if p.requires_grad}
-        complex_ones = [n for n, p in parameters.items() if p.requires_grad and p.is_complex()]
-        if complex_ones:
+        if any(weight.is_complex() for weight in self._weights.values()):
+            complex_ones = [n for n, p in parameters.items() if p.requires_grad and p.is_complex()]
             raise RuntimeError(
                 f"Complex parameters are not measured: {', '.join(complex_ones)}. Keep their real "
                 "and imaginary parts, and take torch.view_as_complex in the forward."
@@ -79,8 +79,8 @@ class Recorder(TorchFunctionMode):
         self._viewed: list[tuple[weakref.ref[Tensor], Use, int, GradientEdge]] = []
         self._places: dict[int, tuple[weakref.ref[Tensor], Samples | None]] = {}
         inputs = list(inputs)
-        for tensor in (*constants, *(p for p in parameters.values() if not p.requires_grad)):
-            self._put(tensor, None)
+        self._find_constants = lambda: (*constants(), *parameters.values())
+        self._constants: dict[int, Tensor] | None = None
         for tensor, at in zip(inputs, where or [by_size(t, samples) for t in inputs], strict=True):
             self._put(tensor, at)
 
@@ -150,10 +150,17 @@ class Recorder(TorchFunctionMode):
                 return at
         elif not tensor.requires_grad:
             # Nothing that was seen made it: a custom function, or something kept between calls.
-            return Samples(0) if self.samples in tensor.shape[:1] else None
+            along = self.samples in tensor.shape[:1] and not self._is_constant(tensor)
+            return Samples(0) if along else None
         elif tensor.is_leaf:
             return None
         return by_size(tensor, self.samples) or LOST
+
+    def _is_constant(self, tensor: Tensor) -> bool:
+        """Whether the model keeps a tensor."""
+        if self._constants is None:
+            self._constants = {id(t): t for t in self._find_constants()}
+        return id(tensor) in self._constants
 
     def _put(self, tensor: Tensor, at: Samples | None) -> None:
         self._places[id(tensor)] = (weakref.ref(tensor), at)
@@ -203,7 +210,7 @@ class Recorder(TorchFunctionMode):
         weights = list({id(w): w for w in weights}.values()) if live else []
         given = {id(t): t for t in every}
         where = {i: self.where(t) for i, t in given.items()}
-        if all(at in (None, RANGE) for at in where.values()):
+        if _WITHOUT_SAMPLES.issuperset(where.values()):
             for tensor in live if weights else ():
                 self._make(tensor, weights)
                 if plain_name(function) in _REPEATS and (
@@ -266,7 +273,9 @@ class Recorder(TorchFunctionMode):
             repeats = self._repeated[i][1] if i in self._repeated else None
             known = (where[i], i in self._weights, repeats, value.requires_grad)
             return order[i], value.shape, value.dtype, known
-        if isinstance(value, tuple | list):
+        if isinstance(value, (tuple, list)):
+            if INTEGERS.issuperset(map(type, value)):
+                return tuple, *value
             return tuple([self._kind(item, order, where) for item in value])
         if isinstance(value, dict):
             return tuple([(name, self._kind(item, order, where)) for name, item in value.items()])
@@ -405,6 +414,7 @@ class Recorder(TorchFunctionMode):
 _WRITES: dict[Any, bool] = {}
 _FOLLOWED: dict[Any, tuple[list[Samples | None], list[Samples | None], bool]] = {}
 _SIMPLE = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
+_WITHOUT_SAMPLES = frozenset((None, RANGE))
 _REPEATS = ("expand", "expand_as", "broadcast_to", "repeat", "tile")
 
 
@@ -413,7 +423,9 @@ def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     for value in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(value, Tensor):
             found.append(value)
-        elif isinstance(value, tuple | list | dict):
+        elif isinstance(value, dict) or (
+            isinstance(value, (tuple, list)) and not INTEGERS.issuperset(map(type, value))
+        ):
             found.extend(tensors([value]))
     return found
 
