@@ -360,10 +360,25 @@ def test_copies_of_a_model_are_not_watched(copied):
     assert all(p.grad is not None for p in other.parameters())
 
 
-@pytest.mark.parametrize("options", [{"share": 0.0}, {"share": 1.5}, {"every": 0}, {"every": 1.5}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"share": 0.0},
+        {"share": 1.5},
+        {"share": "half"},
+        {"every": 0},
+        {"every": 1.5},
+        {"every": None},
+    ],
+)
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         EnergyProbe(nn.Linear(2, 2), **options)
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(TypeError, match=r"got function, expected a torch\.nn\.Module"):
+        EnergyProbe(lambda x: x)
 
 
 def test_nothing_waits_for_the_device():

@@ -13,7 +13,17 @@ from conjopt.entropy import conditional_entropy, information_loss, risk_decompos
 from conjopt.losses import FenchelYoungLoss, potential_of
 from conjopt.measure import extreme_eigenvalues, per_sample_gradient_norms, structure_matrix
 from conjopt.potentials import Potential, Softmax
-from conjopt.testing import Batch, Network, batches, discrete_laws, losses, networks, outputs
+from conjopt.testing import (
+    Batch,
+    Network,
+    batches,
+    discrete_laws,
+    losses,
+    networks,
+    outputs,
+    potentials,
+    targets,
+)
 from conjopt.testing.networks import KINDS
 from conjopt.testing.strategies import _LOSSES
 
@@ -31,6 +41,17 @@ def instances(draw: st.DrawFn, kinds=KINDS, **options) -> tuple[Network, nn.Modu
         float(loss(network(batch.inputs), batch.targets).detach()) < 1e100
     )  # its square is finite
     return network, loss, batch
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (5, 3), (2, 4, 3)])
+@settings(max_examples=20)
+@given(st.data())
+def test_targets_are_in_the_domain_and_shaped_like_outputs(shape, data):
+    potential = data.draw(potentials())
+    f = torch.zeros(shape, dtype=torch.float64)
+    y = data.draw(targets(potential, f))
+    assert y.shape == f.shape
+    assert torch.isfinite(potential.loss(y, f)).all()
 
 
 @settings(max_examples=30)
@@ -210,6 +231,11 @@ def test_a_potential_of_ones_own():
         (discrete_laws(k=0), "k=0"),
         (discrete_laws(max_atoms=0), "max_atoms=0"),
         (networks(k=0), "k=0"),
+        (networks(kinds="mlp"), "kinds='mlp'"),
+        (networks(kinds=[]), "kinds=[]"),
+        (networks(kinds=["mlp", "other"]), "kinds=['mlp', 'other']"),
+        (losses(k="a"), "k='a'"),
+        (targets(Softmax(), 3), "f=3"),
     ],
 )
 def test_options_out_of_range_are_refused(strategy, named):

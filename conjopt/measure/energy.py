@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -197,6 +198,7 @@ class EnergyProbe:
         norms: Of the last measured backward, `(r,)` for its `r` rows; `None` before.
 
     Raises:
+        TypeError: For something else than a module.
         ValueError: For a share or a number out of range, or a share with `fused`.
         MeasurementError: In the first forward of a kind, if the model cannot be measured; two
             samples are then compared with plain autograd.
@@ -221,10 +223,14 @@ class EnergyProbe:
     def __init__(
         self, model: nn.Module, *, share: float = 1.0, every: int = 1, fused: bool = False
     ) -> None:
-        if not 0 < share <= 1:
-            raise ValueError(f"share={share}: expected a number in (0, 1].")
-        if every < 1 or every != int(every):
-            raise ValueError(f"every={every}: expected a whole number of forwards, at least 1.")
+        given: Any = model, share, every
+        if not isinstance(given[0], nn.Module):
+            kind = type(given[0]).__name__
+            raise TypeError(f"EnergyProbe: got {kind}, expected a torch.nn.Module.")
+        if not isinstance(given[1], Real) or not 0 < share <= 1:
+            raise ValueError(f"share={share!r}: expected a number in (0, 1].")
+        if not isinstance(given[2], Integral) or every < 1:
+            raise ValueError(f"every={every!r}: expected a whole number of forwards, at least 1.")
         if fused and round(1 / share) > 1:
             raise ValueError(
                 f"share={share} with fused=True: a sum over all samples was asked for, and only "

@@ -219,6 +219,9 @@ def networks(
         k: number of outputs; None for 1 to 4.
         largest: of the factors of their parameters, among 1, 0.01, 3 and 10.
 
+    Raises:
+        ValueError: when drawn from, for kinds that do not exist, or none.
+
     Example:
         >>> from hypothesis import given
         >>> @given(networks(kinds=["mlp", "tied"], k=3))
@@ -226,6 +229,10 @@ def networks(
         ...     assert network.outputs == (3,)
         >>> test()
     """
+    if isinstance(kinds, str) or not kinds or not set(kinds) <= set(KINDS):
+        raise ValueError(
+            f"networks: got kinds={kinds!r}, expected a list of some of {', '.join(KINDS)}"
+        )
     kind = draw(st.sampled_from(tuple(kinds)))
     options: dict[str, object] = {"k": draw(st.integers(1, 4)) if k is None else k}
     if kind != "linear":

@@ -93,6 +93,9 @@ def targets(draw: st.DrawFn, potential: Potential, f: Tensor) -> Tensor:
         potential: any.
         f: outputs (..., k).
 
+    Raises:
+        ValueError: when drawn from, if these are no outputs.
+
     Example:
         >>> from hypothesis import given
         >>> @given(targets(Softmax(), torch.zeros(2, 3, dtype=torch.float64)))
@@ -100,12 +103,16 @@ def targets(draw: st.DrawFn, potential: Potential, f: Tensor) -> Tensor:
         ...     assert bool((y.sum(-1) - 1).abs().max() < 1e-12)
         >>> test()
     """
-    k = f.shape[-1]
+    if not isinstance(f, Tensor) or f.ndim == 0 or not f.is_floating_point():
+        raise ValueError(
+            f"targets: got f={f!r}, expected outputs, a floating-point tensor (..., k)"
+        )
+    k, rows = f.shape[-1], f.shape[:-1].numel()
     kinds = ["link", "near"] + (["vertex", "mixture"] if potential.on_simplex else [])
     kind = draw(st.sampled_from(kinds))
     if kind == "vertex":
-        classes = draw(st.lists(st.integers(0, k - 1), min_size=len(f), max_size=len(f)))
-        return torch.nn.functional.one_hot(torch.tensor(classes), k).to(f)
+        classes = draw(st.lists(st.integers(0, k - 1), min_size=rows, max_size=rows))
+        return torch.nn.functional.one_hot(torch.tensor(classes), k).to(f).reshape(f.shape)
     if kind == "mixture":
         parts = st.lists(st.integers(0, 4), min_size=f.numel(), max_size=f.numel())
         mass = torch.tensor(draw(parts), dtype=f.dtype).reshape(f.shape)
@@ -113,7 +120,8 @@ def targets(draw: st.DrawFn, potential: Potential, f: Tensor) -> Tensor:
         return mass / mass.sum(-1, keepdim=True)
     if kind == "near":
         return potential.link(f + 1e-2)
-    return potential.link(draw(outputs(k=k, largest=1.0)))
+    others = draw(st.lists(st.floats(-1, 1, width=32), min_size=rows * k, max_size=rows * k))
+    return potential.link(torch.tensor(others, dtype=f.dtype, device=f.device).reshape(f.shape))
 
 
 @st.composite
@@ -274,8 +282,8 @@ def batches(
 
 
 def _check(owner: str, name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ValueError(f"{owner}: got {name}={value}, expected 1 or more")
+    if value is not None and (not isinstance(value, int) or value < 1):
+        raise ValueError(f"{owner}: got {name}={value!r}, expected a whole number, 1 or more")
 
 
 def takes_probabilities(view: PotentialOf) -> bool:
