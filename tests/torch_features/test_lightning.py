@@ -169,6 +169,48 @@ def test_a_resumed_fit_equals_the_unbroken_one(rule, tmp_path):
         assert str(resumed.optimizers[0].status()) == str(fit.optimizers[0].status())
 
 
+class Stateful:
+    """Batches that go on within an epoch, as Lightning asks of a loader that can."""
+
+    def __init__(self):
+        self.batches, self.place = list(loader()), 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        self.place %= len(self.batches)
+        while self.place < len(self.batches):
+            self.place += 1
+            yield self.batches[self.place - 1]
+
+    def state_dict(self):
+        return {"place": self.place}
+
+    def load_state_dict(self, state):
+        self.place = state["place"]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path., callbacks used")
+@any_rule
+def test_a_fit_resumed_within_an_epoch_equals_the_unbroken_one(rule, tmp_path):
+    """Bit for bit, from the checkpoint of any step, where the loader keeps its place."""
+
+    def run(*callbacks, **options):
+        module = Module(rule, dropout=0.3, average=0.1, warmup=5)
+        return module, trainer(max_epochs=5, callbacks=[Seeded(), *callbacks], **options)
+
+    keep = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    whole, fit = run(keep, enable_checkpointing=True)
+    fit.fit(whole, Stateful())
+    for step in (1, 5, 8, 13):
+        again, resumed = run()
+        resumed.fit(again, Stateful(), ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert again.losses == whole.losses[step:]
+        assert equal(parameters(again), parameters(whole))
+        assert same(resumed.optimizers[0].state_dict(), fit.optimizers[0].state_dict())
+
+
 class Notes(Logger):
     """Keeps what is logged."""
 
