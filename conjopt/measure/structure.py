@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from conjopt.measure.dense import Shortcut
 from conjopt.measure.last_layer import empty_output
+from conjopt.measure.layers.convolutions import _few_places
 from conjopt.measure.layers.layout import Samples
 from conjopt.measure.layers.pieces import Piece
 from conjopt.measure.layers.tape import (
@@ -46,6 +47,7 @@ _FACTORED = {
     Tensor.matmul,
     Tensor.__matmul__,
 }
+_CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
 
 
 def structure_matrix(
@@ -108,7 +110,7 @@ def structure_matrix(
         _check(model, inputs, "structure_matrix")
         return found
 
-    return batch.shortest(through_layers, lambda J: J @ J.mT)
+    return batch.shortest(through_layers, _within_samples)
 
 
 def batch_structure_matrix(
@@ -153,7 +155,19 @@ def batch_structure_matrix(
         _check(model, inputs, "batch_structure_matrix")
         return found
 
-    return batch.shortest(through_layers, lambda J: J.flatten(0, 1) @ J.flatten(0, 1).T)
+    return batch.shortest(through_layers, _across_samples, together=True)
+
+
+def _within_samples(columns: list[Tensor]) -> Tensor:
+    total = columns[0] @ columns[0].mT
+    for J in columns[1:]:  # joined, they would take as much memory again
+        total.baddbmm_(J, J.mT)
+    return total
+
+
+def _across_samples(columns: list[Tensor]) -> Tensor:
+    J = torch.cat(columns, 2).flatten(0, 1)
+    return J @ J.T
 
 
 def _in_pairs(batch: _Batch, parts: Sequence[range]) -> Tensor:
@@ -250,7 +264,7 @@ class _Batch:
         self._large = sum(tensor.numel() for tensor in tensors) > _LARGE
         self._draws = False
         self._like: Tensor | None = None  # like the outputs
-        self._attends = False
+        self._attends = self._formed = False
         self._places: list[Samples | None] | None = None
 
     def empty(self) -> Tensor:
@@ -276,7 +290,11 @@ class _Batch:
         return [range(*pair) for pair in itertools.pairwise(ends)], None
 
     def shortest(
-        self, through_layers: Callable[[], Tensor], product: Callable[[Tensor], Tensor]
+        self,
+        through_layers: Callable[[], Tensor],
+        product: Callable[[list[Tensor]], Tensor],
+        *,
+        together: bool = False,
     ) -> Tensor:
         """Take the shortcut of small models where it is open, and find out where it may be."""
         (x, *others), m = self.args or (None,), self.samples
@@ -285,35 +303,59 @@ class _Batch:
         if shortcut is None:
             return through_layers()
         if (like := shortcut.like) is not None:
-            found = self._by_jacobian(shortcut, shortcut.jacobian, like, product)
+            found = self._by_jacobian(shortcut, like, product)
             return through_layers() if found is None else found
         result = through_layers()
         if shortcut.untried and (like := self._like) is not None:
             agrees = False
-            if not self._draws and shortcut.fits(like, attending=self._attends):
-                found = self._by_jacobian(shortcut, shortcut.tried, like, product)
-                eps = torch.finfo(like.dtype).eps
-                agrees = found is not None and _same(found, result, eps)
+            if not self._draws and shortcut.fits(
+                like, attending=self._attends, formed=self._formed, together=together
+            ):
+                agrees = self._agrees(shortcut, like, product, result)
                 if shortcut.keeps():
                     through_layers()  # which leaves plain tensors
             shortcut.settle(like if agrees else None)
         return result
 
+    def _parts(self, shortcut: Shortcut, like: Tensor) -> tuple[Tensor, list[range]]:
+        """Return a basis, and parts of the samples whose Jacobians there is memory for, if any."""
+        basis = self._basis(like)
+        # The columns of a part, what they are copied from, and as much again in between.
+        return basis, shortcut.parts(len(basis), self.memory / (4 * like.itemsize))
+
     def _by_jacobian(
-        self,
-        shortcut: Shortcut,
-        jacobian: Callable[[Tensor, Tensor], Tensor | None],
-        like: Tensor,
-        product: Callable[[Tensor], Tensor],
+        self, shortcut: Shortcut, like: Tensor, product: Callable[[list[Tensor]], Tensor]
     ) -> Tensor | None:
         """Multiply the whole Jacobian with itself, if it has entries and there is memory for it."""
-        basis = self._basis(like)
-        # The parts, the whole, and as much again in between.
-        if not len(basis) or 4 * shortcut.elements(len(basis)) * like.itemsize > self.memory:
-            return None
+        basis, parts = self._parts(shortcut, like)
+        found: list[Tensor] = []
         with torch.no_grad():
-            J = jacobian(basis, like)
-            return None if J is None else product(J.to(_at_least_float32(like)))
+            for rows in parts:
+                columns = shortcut.jacobian(basis, like, rows)
+                if columns is None:
+                    return None
+                found.append(product(columns))
+        if len(found) < 2:
+            return found[0] if found else None
+        return torch.cat(found)
+
+    def _agrees(
+        self,
+        shortcut: Shortcut,
+        like: Tensor,
+        product: Callable[[list[Tensor]], Tensor],
+        result: Tensor,
+    ) -> bool:
+        """Whether the whole Jacobian gives a result, too: tried on one part of each size."""
+        basis, parts = self._parts(shortcut, like)
+        eps = torch.finfo(like.dtype).eps
+        with torch.no_grad():
+            for rows in parts if len(parts) < 2 else (parts[0], parts[-1]):
+                columns = shortcut.tried(basis, like, rows)
+                expected = result if len(parts) < 2 else result[rows.start : rows.stop]
+                if columns is None or not _same(product(columns), expected, eps):
+                    return False
+        return bool(parts)
 
     def forward(self, parts: Sequence[range]) -> Tape:
         """Run the model on parts of the batch."""
@@ -325,6 +367,7 @@ class _Batch:
         self._draws = tape.draws
         output = tape.only_output()
         self._attends = any(use.function is F.multi_head_attention_forward for use in tape.uses)
+        self._formed = _formed(tape)
         self._like = output.new_empty(()).expand(self.samples, *output.shape[1:])
         if output.device.type == "cpu" and not output.isfinite().all():
             bad = int((~output.detach().isfinite()).flatten(1).any(1).sum())
@@ -382,6 +425,39 @@ def bytes_by_cotangent(tape: Tape) -> int:
         if use.function not in _FACTORED:
             elements += tape.samples * sum(weight.numel() for weight in use.weights)
     return max(1, elements * _at_least_float32(tape.only_output()).itemsize)
+
+
+def _formed(tape: Tape) -> bool:
+    """Whether most of the work through the layers is to form gradients of convolutions.
+
+    That of a weight with `q` rows and `p` columns at `t` places takes `k q p t` multiplications,
+    and `k^2 q p` follow for the products. Linear layers never need more calls for it than the whole
+    Jacobian does. Convolutions do, and only factors make up for that, with fewer multiplications
+    and fewer numbers to move. Two thirds of the work is about where that pays on a CPU.
+    """
+    k = math.prod(tape.only_output().shape[1:])
+    total = kept = 0
+    for use in tape.uses:
+        shape = use.shapes[0] if use.shapes else torch.Size()
+        if not shape or 0 in shape:
+            continue
+        convolves = use.function in _CONVOLUTIONS
+        q = shape[1] if convolves else shape[-1]
+        t = math.prod(shape) // (tape.samples * q)
+        for weight in use.weights:
+            if weight.ndim < 2:
+                continue
+            n = weight.numel()
+            work = k * n * (t + k)
+            total += work
+            if not convolves or math.prod(weight.shape[2:]) == 1:
+                continue
+            arriving = weight.new_empty(()).expand(k, *shape)
+            plain = use.argument(6, "groups", 1) == 1
+            if plain and t * (t + q) < n and _few_places(arriving, weight):
+                work = t * t * (n // q + k * q) + k * k * t * q
+            kept += work
+    return 3 * kept > 2 * total
 
 
 def _same(found: Tensor, expected: Tensor, eps: float) -> bool:
