@@ -1,6 +1,7 @@
 """Structure matrices of small models through the whole Jacobian: the same, where it is open."""
 
 import contextlib
+import math
 
 import pytest
 import torch
@@ -14,6 +15,20 @@ from conjopt.potentials import Softmax, Squared
 
 # Recurrent networks write to their intermediate results, which vmap refuses.
 CLOSED = {"tagger"}
+
+
+def peak_bytes(run) -> int:
+    """The most bytes of tensors held at once in a run, beyond those before it."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        run()
+    held = least = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            least = min(least, held)  # what is freed at first was there before
+            peak = max(peak, held - least)
+    return peak
 
 
 class Ways:
@@ -112,18 +127,149 @@ def test_it_is_taken_for_small_models_and_not_for_large_ones(ways: Ways):
         assert ways.take() == expected
 
 
-def test_attention_is_taken_whole_longer(ways: Ways, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("measure", [structure_matrix, batch_structure_matrix])
+def test_attention_is_taken_whole_longer(measure, ways: Ways, monkeypatch: pytest.MonkeyPatch):
     model = nn.TransformerEncoderLayer(4, 2, 4, 0.0, batch_first=True)
     inputs = torch.randn(3, 2, 4)
     size = 3 * 8 * sum(p.numel() for p in model.parameters())
     for limit, expected in ((size, (0, 1)), (size - 1, (1, 0))):
         monkeypatch.setattr(dense, "SMALL", 1)
+        monkeypatch.setattr(dense, "PART", limit)
         monkeypatch.setattr(dense, "ATTENDING", limit)
         dense._SETTLED.clear()
-        structure_matrix(model, inputs)
+        measure(model, inputs)
         ways.take()
-        structure_matrix(model, inputs)
+        measure(model, inputs)
         assert ways.take() == expected
+
+
+def attending(m: int, k: int) -> tuple[nn.Module, Tensor]:
+    layer = nn.TransformerEncoderLayer(4, 2, 4, 0.0, batch_first=True)
+    return nn.Sequential(layer, nn.Flatten(), nn.Linear(8, k)), torch.randn(m, 2, 4)
+
+
+def convolutional(m: int, k: int, *, width: int = 2, kernel: int = 3, places: int = 8, groups=1):
+    model = nn.Sequential(
+        nn.Conv2d(2, 2 * width, kernel, padding=kernel // 2, groups=groups),
+        *(nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, k)),
+    )
+    return model, torch.randn(m, 2, places, places)
+
+
+def grouped(m: int, k: int) -> tuple[nn.Module, Tensor]:
+    return convolutional(m, k, width=8, places=2, groups=2)
+
+
+def narrow(m: int, k: int) -> tuple[nn.Module, Tensor]:
+    """Factors would take fewer multiplications, and more numbers."""
+    return nn.Sequential(nn.Conv2d(4, 2, 3, padding=1), nn.Flatten()), torch.randn(m, 4, 4, 4)
+
+
+def linear(m: int, k: int) -> tuple[nn.Module, Tensor]:
+    return nn.Sequential(nn.Linear(3, 4), nn.Flatten(), nn.Linear(12, k)), torch.randn(m, 3, 3)
+
+
+def pointwise(m: int, k: int) -> tuple[nn.Module, Tensor]:
+    return convolutional(m, k, kernel=1)
+
+
+def wide(m: int, k: int) -> tuple[nn.Module, Tensor]:
+    """Sixteen rows and eighteen columns at four places."""
+    return convolutional(m, k, width=8, places=2)
+
+
+@pytest.mark.parametrize("m", [20, 24])  # parts of 6, 7 and 7 samples, and of 8
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("make", [attending, convolutional, grouped, narrow])
+def test_parts_where_the_layers_form_the_jacobian(
+    make, k: int, m: int, ways: Ways, monkeypatch: pytest.MonkeyPatch
+):
+    torch.manual_seed(0)
+    model, inputs = (x.double() for x in make(m, k))
+    J = jacobians(model, inputs)
+    k = J.shape[1]
+    monkeypatch.setattr(dense, "SMALL", 1)
+    for limit, expected in ((8, (0, 3)), (8 - 1e-9, (1, 0))):  # samples to a part
+        for name in ("PART", "ATTENDING"):
+            monkeypatch.setattr(dense, name, limit * k * J.shape[2])
+        dense._SETTLED.clear()
+        close(structure_matrix(model, inputs), J @ J.mT)
+        tried = ways.take()[1]
+        assert tried == (2 if expected[1] else 0)  # the first part and the last
+        close(structure_matrix(model, inputs), J @ J.mT)
+        assert ways.take() == expected
+
+
+@pytest.mark.parametrize("make", [linear, pointwise, wide])
+def test_no_parts_where_the_layers_have_factors(make, ways: Ways, monkeypatch: pytest.MonkeyPatch):
+    model, inputs = make(24, 3)
+    monkeypatch.setattr(dense, "SMALL", 1)
+    structure_matrix(model, inputs)
+    assert ways.take()[1] == 0
+    structure_matrix(model, inputs)
+    assert ways.take() == (1, 0)
+
+
+def test_no_parts_where_all_samples_are_needed(ways: Ways, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dense, "SMALL", 1)
+    model, inputs = convolutional(24, 3)
+    batch_structure_matrix(model, inputs)
+    assert ways.take()[1] == 0
+    assert not opened(model, inputs, batch_structure_matrix)
+
+
+def test_parts_are_of_two_sizes():
+    model = nn.Linear(3, 2, bias=False)
+    for m in range(8, 60):
+        shortcut = dense.Shortcut("example", model, torch.randn(m, 3))
+        for part in (96, 97, 140, 360):
+            shortcut._part = part
+            parts = shortcut.parts(2, math.inf)
+            assert [i for rows in parts for i in rows] == list(range(m))
+            assert {len(rows) for rows in parts} == {len(parts[0]), len(parts[-1])}
+            largest = max(map(len, parts))
+            assert len(parts) == 1 or 12 * (largest - 1) < part
+            assert shortcut.parts(2, 12 * largest) == parts
+            assert shortcut.parts(2, 12 * largest - 1) == []
+
+
+@pytest.mark.parametrize("size", [6, 7])
+def test_a_part_that_is_wrong_closes_it(size: int, ways: Ways, monkeypatch: pytest.MonkeyPatch):
+    model, inputs = (x.double() for x in convolutional(20, 3))
+    plain = dense.Shortcut.jacobian
+
+    def wrong(self, basis, like, rows):
+        return [J * (1.001 if len(rows) == size else 1) for J in plain(self, basis, like, rows)]
+
+    monkeypatch.setattr(dense.Shortcut, "jacobian", wrong)
+    monkeypatch.setattr(dense, "SMALL", 1)
+    monkeypatch.setattr(dense, "PART", 8 * 3 * sum(p.numel() for p in model.parameters()))
+    J = jacobians(model, inputs)
+    for _ in range(2):
+        close(structure_matrix(model, inputs), J @ J.mT)
+    assert not opened(model, inputs)
+
+
+def test_what_is_not_finite_in_a_later_part_is_refused(monkeypatch: pytest.MonkeyPatch):
+    model, inputs = convolutional(24, 3)
+    monkeypatch.setattr(dense, "SMALL", 1)
+    monkeypatch.setattr(dense, "PART", 8 * 3 * sum(p.numel() for p in model.parameters()))
+    structure_matrix(model, inputs)
+    assert opened(model, inputs)
+    inputs[12] = torch.nan
+    with pytest.raises(ValueError, match="outputs of 1 of 24 samples hold NaN or infinity"):
+        structure_matrix(model, inputs)
+
+
+def test_the_jacobian_is_not_joined():
+    model, inputs = (
+        nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2)),
+        torch.randn(8, 32),
+    )
+    structure_matrix(model, inputs)
+    assert opened(model, inputs)
+    size = 4 * 8 * 2 * sum(p.numel() for p in model.parameters())
+    assert size < peak_bytes(lambda: structure_matrix(model, inputs)) < 1.5 * size
 
 
 @pytest.mark.parametrize("m", [2, 5])  # for as many samples as outputs, vmap in vmap is wrong
