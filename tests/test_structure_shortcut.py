@@ -89,6 +89,7 @@ def test_both_ways_are_the_dense_jacobian(
 ):
     monkeypatch.setattr(dense, "SMALL", 10**9)
     monkeypatch.setattr(dense, "ATTENDING", 10**9)
+    monkeypatch.setattr(dense, "ATTENDING_PART", 10**9)
     model, inputs = make(name, m)
     J = on_tangent_space(jacobians(model, inputs), model(inputs).shape, potential)
     for measure, expected in (
@@ -134,8 +135,8 @@ def test_attention_is_taken_whole_longer(measure, ways: Ways, monkeypatch: pytes
     size = 3 * 8 * sum(p.numel() for p in model.parameters())
     for limit, expected in ((size, (0, 1)), (size - 1, (1, 0))):
         monkeypatch.setattr(dense, "SMALL", 1)
-        monkeypatch.setattr(dense, "PART", limit)
         monkeypatch.setattr(dense, "ATTENDING", limit)
+        monkeypatch.setattr(dense, "ATTENDING_PART", limit)
         dense._SETTLED.clear()
         measure(model, inputs)
         ways.take()
@@ -189,8 +190,9 @@ def test_parts_where_the_layers_form_the_jacobian(
     J = jacobians(model, inputs)
     k = J.shape[1]
     monkeypatch.setattr(dense, "SMALL", 1)
+    monkeypatch.setattr(dense, "ATTENDING", 1)
     for limit, expected in ((8, (0, 3)), (8 - 1e-9, (1, 0))):  # samples to a part
-        for name in ("PART", "ATTENDING"):
+        for name in ("PART", "ATTENDING_PART"):
             monkeypatch.setattr(dense, name, limit * k * J.shape[2])
         dense._SETTLED.clear()
         close(structure_matrix(model, inputs), J @ J.mT)

@@ -28,15 +28,16 @@ from torch.utils._pytree import tree_leaves
 from conjopt.measure.replay import compiled_parts, renormalised
 from conjopt.measure.shards import is_sharded
 
-__all__ = ["ATTENDING", "PART", "SMALL", "Shortcut"]
+__all__ = ["ATTENDING", "ATTENDING_PART", "PART", "SMALL", "Shortcut"]
 
 # Entries of a Jacobian that stays in the cache of a core: up to here the number of calls decides.
 SMALL = 2**19
+# The same with multi-head attention, which the way through the layers computes twice.
+ATTENDING = 2**22
 # Entries of a part of the samples, where the way through the layers saves no arithmetic: the calls
-# for a part, some milliseconds, are little beside its arithmetic.
-PART = 2**22
-# The same with multi-head attention, which takes more calls, and twice through the layers.
-ATTENDING = 2**24
+# for a part, some milliseconds, are little beside its arithmetic. With attention they are more.
+PART = 2**23
+ATTENDING_PART = 2**24
 _FEWEST = 8  # samples that a part has to hold
 _MOST_KINDS = 64  # that are tried of a model
 
@@ -144,8 +145,8 @@ class Shortcut:
             together: Whether the Jacobian of all samples is needed at once.
         """
         m, entries = len(self.inputs), self._entries(math.prod(like.shape[1:]))
-        one = entries <= (PART if attending else SMALL)
-        self._part = ATTENDING if attending else PART if formed else SMALL
+        one = entries <= (ATTENDING if attending else SMALL)
+        self._part = ATTENDING_PART if attending else PART if formed else SMALL
         many = (attending or formed) and _FEWEST * entries <= m * self._part
         return (
             entries > 0
