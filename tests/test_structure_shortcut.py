@@ -179,7 +179,7 @@ def wide(m: int, k: int) -> tuple[nn.Module, Tensor]:
     return convolutional(m, k, width=8, places=2)
 
 
-@pytest.mark.parametrize("m", [20, 24])  # parts of 6, 7 and 7 samples, and of 8
+@pytest.mark.parametrize("m", [40, 48])  # parts of 13, 13 and 14 samples, and of 16
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("make", [attending, convolutional, grouped, narrow])
 def test_parts_where_the_layers_form_the_jacobian(
@@ -191,7 +191,7 @@ def test_parts_where_the_layers_form_the_jacobian(
     k = J.shape[1]
     monkeypatch.setattr(dense, "SMALL", 1)
     monkeypatch.setattr(dense, "ATTENDING", 1)
-    for limit, expected in ((8, (0, 3)), (8 - 1e-9, (1, 0))):  # samples to a part
+    for limit, expected in ((16, (0, 3)), (16 - 1e-9, (1, 0))):  # samples to a part
         for name in ("PART", "ATTENDING_PART"):
             monkeypatch.setattr(dense, name, limit * k * J.shape[2])
         dense._SETTLED.clear()
@@ -235,9 +235,9 @@ def test_parts_are_of_two_sizes():
             assert shortcut.parts(2, 12 * largest - 1) == []
 
 
-@pytest.mark.parametrize("size", [6, 7])
+@pytest.mark.parametrize("size", [13, 14])
 def test_a_part_that_is_wrong_closes_it(size: int, ways: Ways, monkeypatch: pytest.MonkeyPatch):
-    model, inputs = (x.double() for x in convolutional(20, 3))
+    model, inputs = (x.double() for x in convolutional(40, 3))
     plain = dense.Shortcut.jacobian
 
     def wrong(self, basis, like, rows):
@@ -245,7 +245,7 @@ def test_a_part_that_is_wrong_closes_it(size: int, ways: Ways, monkeypatch: pyte
 
     monkeypatch.setattr(dense.Shortcut, "jacobian", wrong)
     monkeypatch.setattr(dense, "SMALL", 1)
-    monkeypatch.setattr(dense, "PART", 8 * 3 * sum(p.numel() for p in model.parameters()))
+    monkeypatch.setattr(dense, "PART", 16 * 3 * sum(p.numel() for p in model.parameters()))
     J = jacobians(model, inputs)
     for _ in range(2):
         close(structure_matrix(model, inputs), J @ J.mT)
@@ -253,13 +253,13 @@ def test_a_part_that_is_wrong_closes_it(size: int, ways: Ways, monkeypatch: pyte
 
 
 def test_what_is_not_finite_in_a_later_part_is_refused(monkeypatch: pytest.MonkeyPatch):
-    model, inputs = convolutional(24, 3)
+    model, inputs = convolutional(48, 3)
     monkeypatch.setattr(dense, "SMALL", 1)
-    monkeypatch.setattr(dense, "PART", 8 * 3 * sum(p.numel() for p in model.parameters()))
+    monkeypatch.setattr(dense, "PART", 16 * 3 * sum(p.numel() for p in model.parameters()))
     structure_matrix(model, inputs)
     assert opened(model, inputs)
-    inputs[12] = torch.nan
-    with pytest.raises(ValueError, match="outputs of 1 of 24 samples hold NaN or infinity"):
+    inputs[24] = torch.nan
+    with pytest.raises(ValueError, match="outputs of 1 of 48 samples hold NaN or infinity"):
         structure_matrix(model, inputs)
 
 

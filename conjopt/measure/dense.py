@@ -38,7 +38,7 @@ ATTENDING = 2**22
 # for a part, some milliseconds, are little beside its arithmetic. With attention they are more.
 PART = 2**23
 ATTENDING_PART = 2**24
-_FEWEST = 8  # samples that a part has to hold
+_FEWEST = 16  # samples that have to fit into a part; with fewer, large layers are faster
 _MOST_KINDS = 64  # that are tried of a model
 
 
