@@ -28,16 +28,15 @@ from torch.utils._pytree import tree_leaves
 from conjopt.measure.replay import compiled_parts, renormalised
 from conjopt.measure.shards import is_sharded
 
-__all__ = ["ATTENDING", "ATTENDING_PART", "PART", "SMALL", "Shortcut"]
+__all__ = ["ATTENDING", "PART", "SMALL", "Shortcut"]
 
 # Entries of a Jacobian that stays in the cache of a core: up to here the number of calls decides.
 SMALL = 2**19
 # The same with multi-head attention, which the way through the layers computes twice.
 ATTENDING = 2**22
-# Entries of a part of the samples, where the way through the layers saves no arithmetic: the calls
-# for a part, some milliseconds, are little beside its arithmetic. With attention they are more.
-PART = 2**23
-ATTENDING_PART = 2**24
+# Entries of a part of the samples, where there are more: the calls for a part, some milliseconds,
+# are little beside its arithmetic.
+PART = 2**24
 _FEWEST = 16  # samples that have to fit into a part; with fewer, large layers are faster
 _MOST_KINDS = 64  # that are tried of a model
 
@@ -135,19 +134,18 @@ class Shortcut:
             return []
         return [range(i * m // number, (i + 1) * m // number) for i in range(number)]
 
-    def fits(self, like: Tensor, *, attending: bool, formed: bool, together: bool) -> bool:
+    def fits(self, like: Tensor, *, attending: bool, together: bool) -> bool:
         """Whether the whole Jacobian is the shorter way, and the model one that may be tried.
 
         Args:
             like: A tensor like the outputs, `(m, ...)`.
             attending: Whether the model calls multi-head attention.
-            formed: Whether the way through the layers forms most of the Jacobian, too.
             together: Whether the Jacobian of all samples is needed at once.
         """
         m, entries = len(self.inputs), self._entries(math.prod(like.shape[1:]))
         one = entries <= (ATTENDING if attending else SMALL)
-        self._part = ATTENDING_PART if attending else PART if formed else SMALL
-        many = (attending or formed) and _FEWEST * entries <= m * self._part
+        self._part = PART if attending else SMALL
+        many = attending and _FEWEST * entries <= m * PART
         return (
             entries > 0
             and (one or (many and not together))

@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from conjopt.measure.dense import Shortcut
 from conjopt.measure.last_layer import empty_output
-from conjopt.measure.layers.convolutions import _few_places
 from conjopt.measure.layers.layout import Samples
 from conjopt.measure.layers.pieces import Piece
 from conjopt.measure.layers.tape import (
@@ -47,7 +46,6 @@ _FACTORED = {
     Tensor.matmul,
     Tensor.__matmul__,
 }
-_CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
 
 
 def structure_matrix(
@@ -264,7 +262,7 @@ class _Batch:
         self._large = sum(tensor.numel() for tensor in tensors) > _LARGE
         self._draws = False
         self._like: Tensor | None = None  # like the outputs
-        self._attends = self._formed = False
+        self._attends = False
         self._places: list[Samples | None] | None = None
 
     def empty(self) -> Tensor:
@@ -308,9 +306,7 @@ class _Batch:
         result = through_layers()
         if shortcut.untried and (like := self._like) is not None:
             agrees = False
-            if not self._draws and shortcut.fits(
-                like, attending=self._attends, formed=self._formed, together=together
-            ):
+            if not self._draws and shortcut.fits(like, attending=self._attends, together=together):
                 agrees = self._agrees(shortcut, like, product, result)
                 if shortcut.keeps():
                     through_layers()  # which leaves plain tensors
@@ -367,7 +363,6 @@ class _Batch:
         self._draws = tape.draws
         output = tape.only_output()
         self._attends = any(use.function is F.multi_head_attention_forward for use in tape.uses)
-        self._formed = _formed(tape)
         self._like = output.new_empty(()).expand(self.samples, *output.shape[1:])
         if output.device.type == "cpu" and not output.isfinite().all():
             bad = int((~output.detach().isfinite()).flatten(1).any(1).sum())
@@ -425,39 +420,6 @@ def bytes_by_cotangent(tape: Tape) -> int:
         if use.function not in _FACTORED:
             elements += tape.samples * sum(weight.numel() for weight in use.weights)
     return max(1, elements * _at_least_float32(tape.only_output()).itemsize)
-
-
-def _formed(tape: Tape) -> bool:
-    """Whether most of the work through the layers is to form gradients of convolutions.
-
-    That of a weight with `q` rows and `p` columns at `t` places takes `k q p t` multiplications,
-    and `k^2 q p` follow for the products. Linear layers never need more calls for it than the whole
-    Jacobian does. Convolutions do, and only factors make up for that, with fewer multiplications.
-    Nine tenths of the work is about where that pays on a CPU.
-    """
-    k = math.prod(tape.only_output().shape[1:])
-    total = kept = 0
-    for use in tape.uses:
-        shape = use.shapes[0] if use.shapes else torch.Size()
-        if not shape or 0 in shape:
-            continue
-        convolves = use.function in _CONVOLUTIONS
-        q = shape[1] if convolves else shape[-1]
-        t = math.prod(shape) // (tape.samples * q)
-        for weight in use.weights:
-            if weight.ndim < 2:
-                continue
-            n = weight.numel()
-            work = k * n * (t + k)
-            total += work
-            if not convolves or math.prod(weight.shape[2:]) == 1:
-                continue
-            arriving = weight.new_empty(()).expand(k, *shape)
-            plain = use.argument(6, "groups", 1) == 1
-            if plain and _few_places(arriving, weight):
-                work = t * t * (n // q + k * q) + k * k * t * q
-            kept += work
-    return 10 * kept > 9 * total
 
 
 def _same(found: Tensor, expected: Tensor, eps: float) -> bool:
