@@ -1,6 +1,7 @@
 """Structure matrices of small models through the whole Jacobian: the same, where it is open."""
 
 import contextlib
+import math
 
 import pytest
 import torch
@@ -14,6 +15,20 @@ from conjopt.potentials import Softmax, Squared
 
 # Recurrent networks write to their intermediate results, which vmap refuses.
 CLOSED = {"tagger"}
+
+
+def peak_bytes(run) -> int:
+    """The most bytes of tensors held at once in a run, beyond those before it."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        run()
+    held = least = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            least = min(least, held)  # what is freed at first was there before
+            peak = max(peak, held - least)
+    return peak
 
 
 class Ways:
@@ -74,6 +89,7 @@ def test_both_ways_are_the_dense_jacobian(
 ):
     monkeypatch.setattr(dense, "SMALL", 10**9)
     monkeypatch.setattr(dense, "ATTENDING", 10**9)
+    monkeypatch.setattr(dense, "PART", 10**9)
     model, inputs = make(name, m)
     J = on_tangent_space(jacobians(model, inputs), model(inputs).shape, potential)
     for measure, expected in (
@@ -112,18 +128,119 @@ def test_it_is_taken_for_small_models_and_not_for_large_ones(ways: Ways):
         assert ways.take() == expected
 
 
-def test_attention_is_taken_whole_longer(ways: Ways, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("measure", [structure_matrix, batch_structure_matrix])
+def test_attention_is_taken_whole_longer(measure, ways: Ways, monkeypatch: pytest.MonkeyPatch):
     model = nn.TransformerEncoderLayer(4, 2, 4, 0.0, batch_first=True)
     inputs = torch.randn(3, 2, 4)
     size = 3 * 8 * sum(p.numel() for p in model.parameters())
     for limit, expected in ((size, (0, 1)), (size - 1, (1, 0))):
         monkeypatch.setattr(dense, "SMALL", 1)
         monkeypatch.setattr(dense, "ATTENDING", limit)
+        monkeypatch.setattr(dense, "PART", limit)
         dense._SETTLED.clear()
-        structure_matrix(model, inputs)
+        measure(model, inputs)
         ways.take()
-        structure_matrix(model, inputs)
+        measure(model, inputs)
         assert ways.take() == expected
+
+
+def attending(m: int, k: int) -> tuple[nn.Module, Tensor]:
+    layer = nn.TransformerEncoderLayer(4, 2, 4, 0.0, batch_first=True)
+    return nn.Sequential(layer, nn.Flatten(), nn.Linear(8, k)), torch.randn(m, 2, 4)
+
+
+@pytest.mark.parametrize("m", [40, 48])  # parts of 13, 13 and 14 samples, and of 16
+@pytest.mark.parametrize("k", [1, 3])
+def test_attention_is_taken_in_parts(k: int, m: int, ways: Ways, monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    model, inputs = (x.double() for x in attending(m, k))
+    J = jacobians(model, inputs)
+    k = J.shape[1]
+    monkeypatch.setattr(dense, "SMALL", 1)
+    monkeypatch.setattr(dense, "ATTENDING", 1)
+    for limit, expected in ((16, (0, 3)), (16 - 1e-9, (1, 0))):  # samples to a part
+        monkeypatch.setattr(dense, "PART", limit * k * J.shape[2])
+        dense._SETTLED.clear()
+        close(structure_matrix(model, inputs), J @ J.mT)
+        tried = ways.take()[1]
+        assert tried == (2 if expected[1] else 0)  # the first part and the last
+        close(structure_matrix(model, inputs), J @ J.mT)
+        assert ways.take() == expected
+
+
+def test_no_parts_without_attention(ways: Ways, monkeypatch: pytest.MonkeyPatch):
+    model, inputs = nn.Linear(3, 2), torch.randn(24, 3)
+    monkeypatch.setattr(dense, "SMALL", 1)
+    structure_matrix(model, inputs)
+    assert ways.take()[1] == 0
+    structure_matrix(model, inputs)
+    assert ways.take() == (1, 0)
+
+
+def test_no_parts_where_all_samples_are_needed(ways: Ways, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dense, "SMALL", 1)
+    monkeypatch.setattr(dense, "ATTENDING", 1)
+    model, inputs = attending(24, 3)
+    batch_structure_matrix(model, inputs)
+    assert ways.take()[1] == 0
+    assert not opened(model, inputs, batch_structure_matrix)
+
+
+def test_parts_are_of_two_sizes():
+    model = nn.Linear(3, 2, bias=False)
+    for m in range(8, 60):
+        shortcut = dense.Shortcut("example", model, torch.randn(m, 3))
+        for part in (96, 97, 140, 360):
+            shortcut._part = part
+            parts = shortcut.parts(2, math.inf)
+            assert [i for rows in parts for i in rows] == list(range(m))
+            assert {len(rows) for rows in parts} == {len(parts[0]), len(parts[-1])}
+            largest = max(map(len, parts))
+            assert len(parts) == 1 or 12 * (largest - 1) < part
+            assert shortcut.parts(2, 12 * largest) == parts
+            assert shortcut.parts(2, 12 * largest - 1) == []
+
+
+@pytest.mark.parametrize("size", [13, 14])
+def test_a_part_that_is_wrong_closes_it(size: int, ways: Ways, monkeypatch: pytest.MonkeyPatch):
+    model, inputs = (x.double() for x in attending(40, 3))
+    plain = dense.Shortcut.jacobian
+
+    def wrong(self, basis, like, rows):
+        found = plain(self, basis, like, rows)  # None with fused attention
+        return found and [J * (1.001 if len(rows) == size else 1) for J in found]
+
+    monkeypatch.setattr(dense.Shortcut, "jacobian", wrong)
+    monkeypatch.setattr(dense, "SMALL", 1)
+    monkeypatch.setattr(dense, "ATTENDING", 1)
+    monkeypatch.setattr(dense, "PART", 16 * 3 * sum(p.numel() for p in model.parameters()))
+    J = jacobians(model, inputs)
+    for _ in range(2):
+        close(structure_matrix(model, inputs), J @ J.mT)
+    assert not opened(model, inputs)
+
+
+def test_what_is_not_finite_in_a_later_part_is_refused(monkeypatch: pytest.MonkeyPatch):
+    model, inputs = attending(48, 3)
+    monkeypatch.setattr(dense, "SMALL", 1)
+    monkeypatch.setattr(dense, "ATTENDING", 1)
+    monkeypatch.setattr(dense, "PART", 16 * 3 * sum(p.numel() for p in model.parameters()))
+    structure_matrix(model, inputs)
+    assert opened(model, inputs)
+    inputs[24] = torch.nan
+    with pytest.raises(ValueError, match="outputs of 1 of 48 samples hold NaN or infinity"):
+        structure_matrix(model, inputs)
+
+
+def test_the_jacobian_is_not_joined():
+    model, inputs = (
+        nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2)),
+        torch.randn(8, 32),
+    )
+    structure_matrix(model, inputs)
+    assert opened(model, inputs)
+    size = 4 * 8 * 2 * sum(p.numel() for p in model.parameters())
+    assert size < peak_bytes(lambda: structure_matrix(model, inputs)) < 1.5 * size
 
 
 @pytest.mark.parametrize("m", [2, 5])  # for as many samples as outputs, vmap in vmap is wrong
@@ -195,7 +312,7 @@ def test_hooks_see_what_they_saw(ways: Ways):
 
 def test_a_wrong_jacobian_is_not_used(ways: Ways, monkeypatch: pytest.MonkeyPatch):
     plain = dense.Shortcut.jacobian
-    monkeypatch.setattr(dense.Shortcut, "jacobian", lambda *args: 1.001 * plain(*args))
+    monkeypatch.setattr(dense.Shortcut, "jacobian", lambda *args: [1.001 * J for J in plain(*args)])
     model, inputs = small_model()
     J = jacobians(model, inputs)
     for _ in range(3):

@@ -28,12 +28,16 @@ from torch.utils._pytree import tree_leaves
 from conjopt.measure.replay import compiled_parts, renormalised
 from conjopt.measure.shards import is_sharded
 
-__all__ = ["ATTENDING", "SMALL", "Shortcut"]
+__all__ = ["ATTENDING", "PART", "SMALL", "Shortcut"]
 
-# Elements of a Jacobian that stays in the cache of a core: up to here the number of calls decides.
+# Entries of a Jacobian that stays in the cache of a core: up to here the number of calls decides.
 SMALL = 2**19
 # The same with multi-head attention, which the way through the layers computes twice.
 ATTENDING = 2**22
+# Entries of a part of the samples, where there are more: the calls for a part, some milliseconds,
+# are little beside its arithmetic.
+PART = 2**24
+_FEWEST = 16  # samples that have to fit into a part; with fewer, large layers are faster
 _MOST_KINDS = 64  # that are tried of a model
 
 
@@ -42,6 +46,7 @@ class _Known(NamedTuple):
 
     like: Tensor  # the outputs
     plain: bool  # without fused kernels of attention
+    part: int  # entries of the Jacobian of a part of the samples
 
 
 # By model and kind; `None` where the way is closed.
@@ -66,10 +71,10 @@ class Shortcut:
     Example:
         >>> model, x = nn.Linear(2, 3), torch.tensor([[3.0, 4.0]])
         >>> shortcut = Shortcut("example", model, x)
-        >>> J = shortcut.jacobian(torch.eye(3), like=torch.empty(1, 3))
-        >>> J.shape
-        torch.Size([1, 3, 9])
-        >>> J @ J.mT  # ||x||^2 + 1
+        >>> weight, bias = shortcut.jacobian(torch.eye(3), torch.empty(1, 3), range(1))
+        >>> weight.shape, bias.shape
+        (torch.Size([1, 3, 6]), torch.Size([1, 3, 3]))
+        >>> weight @ weight.mT + bias @ bias.mT  # ||x||^2 + 1
         tensor([[[26.,  0.,  0.],
                  [ 0., 26.,  0.],
                  [ 0.,  0., 26.]]])
@@ -97,6 +102,7 @@ class Shortcut:
                 self._key = None
         known = self._known.get(self._key)
         self._plain = known is not None and known.plain
+        self._part = SMALL if known is None else known.part
 
     @property
     def like(self) -> Tensor | None:
@@ -110,25 +116,39 @@ class Shortcut:
         new = self._key is not None and self._key not in self._known
         return new and len(self._known) < _MOST_KINDS
 
-    def elements(self, outputs: int) -> int:
-        """Return the number of entries of the Jacobian.
+    def parts(self, outputs: int, most: float) -> list[range]:
+        """Split the samples into parts, whose Jacobians are taken one after the other.
+
+        The first part is of the least and the last of the greatest size, and there are no others.
 
         Args:
             outputs: `d`.
-        """
-        trained = sum(parameter.numel() for parameter in self._trained.values())
-        return len(self.inputs) * outputs * trained
+            most: Entries of a Jacobian that there is memory for.
 
-    def fits(self, like: Tensor, *, attending: bool) -> bool:
-        """Whether the Jacobian is small, and the model one that may be tried.
+        Returns:
+            The samples of each part; nothing if there is not the memory, or there are no entries.
+        """
+        m, entries = len(self.inputs), self._entries(outputs)
+        number = math.ceil(entries / self._part)
+        if not 0 < math.ceil(m / max(1, number)) * (entries // m) <= most:
+            return []
+        return [range(i * m // number, (i + 1) * m // number) for i in range(number)]
+
+    def fits(self, like: Tensor, *, attending: bool, together: bool) -> bool:
+        """Whether the whole Jacobian is the shorter way, and the model one that may be tried.
 
         Args:
             like: A tensor like the outputs, `(m, ...)`.
             attending: Whether the model calls multi-head attention.
+            together: Whether the Jacobian of all samples is needed at once.
         """
-        elements = self.elements(math.prod(like.shape[1:]))
+        m, entries = len(self.inputs), self._entries(math.prod(like.shape[1:]))
+        one = entries <= (ATTENDING if attending else SMALL)
+        self._part = PART if attending else SMALL
+        many = attending and _FEWEST * entries <= m * PART
         return (
-            0 < elements <= (ATTENDING if attending else SMALL)
+            entries > 0
+            and (one or (many and not together))
             and like.device.type == "cpu"
             and not renormalised(self.model)
             and not compiled_parts(self.model)
@@ -136,16 +156,23 @@ class Shortcut:
             and not any(is_sharded(p) for p in self.model.parameters())
         )
 
-    def jacobian(self, basis: Tensor, like: Tensor) -> Tensor | None:
-        """Return the Jacobian of every sample in the parameters that are trained.
+    def _entries(self, outputs: int) -> int:
+        """Return the number of entries of the Jacobian of all samples."""
+        trained = sum(parameter.numel() for parameter in self._trained.values())
+        return len(self.inputs) * outputs * trained
+
+    def jacobian(self, basis: Tensor, like: Tensor, rows: range) -> list[Tensor] | None:
+        """Return the Jacobian of some samples in the parameters that are trained.
 
         Args:
             basis: Cotangents of a sample's outputs, `(d, k)`.
             like: A tensor like the outputs, `(m, ...)`.
+            rows: The samples, that follow each other.
 
         Returns:
-            Shape `(m, d, P)`; `None` if the model cannot be called like this, returns something
-            else, or numbers that are not finite.
+            For each parameter its columns, `(len(rows), d, entries)`, float32 or wider; `None` if
+            the model cannot be called like this, returns something else, or numbers that are not
+            finite.
         """
         model, d, one = self.model, len(basis), (1, *like.shape[1:])
         names, trained = list(self._trained), [p.detach() for p in self._trained.values()]
@@ -169,14 +196,15 @@ class Shortcut:
         cotangents = basis.reshape(d, *one)
         try:
             with sdpa_kernel(SDPBackend.MATH) if self._plain else contextlib.nullcontext():
-                outputs, found = vmap(pulled)(self.inputs.detach().clone())
+                outputs, found = vmap(pulled)(self.inputs[rows.start : rows.stop].detach().clone())
         except Exception:  # random numbers, a choice by values, something written to, no rule
             return None
         if not outputs.isfinite().all():
             return None
-        return torch.cat([g.flatten(2) for g in found], 2)
+        wide = torch.promote_types(like.dtype, torch.float32)
+        return [g.flatten(2).to(wide) for g in found]
 
-    def tried(self, basis: Tensor, like: Tensor) -> Tensor | None:
+    def tried(self, basis: Tensor, like: Tensor, rows: range) -> list[Tensor] | None:
         """Return the Jacobian, and `None` too if torch warns or the model keeps what it computed.
 
         What is not vectorised but called one by one, torch warns of; fused attention is.
@@ -184,13 +212,14 @@ class Shortcut:
         Args:
             basis: See `jacobian`.
             like: See `jacobian`.
+            rows: See `jacobian`.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            found = self.jacobian(basis, like)
+            found = self.jacobian(basis, like, rows)
             if found is None:
                 self._plain = True
-                found = self.jacobian(basis, like)
+                found = self.jacobian(basis, like, rows)
         return None if self.keeps() else found
 
     def keeps(self) -> bool:
@@ -208,7 +237,7 @@ class Shortcut:
             like: A tensor like the outputs, `(m, ...)`; `None` to close it.
         """
         if self._key is not None:
-            self._known[self._key] = None if like is None else _Known(like, self._plain)
+            self._known[self._key] = None if like is None else _Known(like, self._plain, self._part)
 
     def _kind(self) -> Hashable:
         """Return all that a comparison holds for, `None` where the way is closed."""

@@ -108,7 +108,7 @@ def structure_matrix(
         _check(model, inputs, "structure_matrix")
         return found
 
-    return batch.shortest(through_layers, lambda J: J @ J.mT)
+    return batch.shortest(through_layers, _within_samples)
 
 
 def batch_structure_matrix(
@@ -153,7 +153,19 @@ def batch_structure_matrix(
         _check(model, inputs, "batch_structure_matrix")
         return found
 
-    return batch.shortest(through_layers, lambda J: J.flatten(0, 1) @ J.flatten(0, 1).T)
+    return batch.shortest(through_layers, _across_samples, together=True)
+
+
+def _within_samples(columns: list[Tensor]) -> Tensor:
+    total = columns[0] @ columns[0].mT
+    for J in columns[1:]:  # joined, they would take as much memory again
+        total.baddbmm_(J, J.mT)
+    return total
+
+
+def _across_samples(columns: list[Tensor]) -> Tensor:
+    J = torch.cat(columns, 2).flatten(0, 1)
+    return J @ J.T
 
 
 def _in_pairs(batch: _Batch, parts: Sequence[range]) -> Tensor:
@@ -276,7 +288,11 @@ class _Batch:
         return [range(*pair) for pair in itertools.pairwise(ends)], None
 
     def shortest(
-        self, through_layers: Callable[[], Tensor], product: Callable[[Tensor], Tensor]
+        self,
+        through_layers: Callable[[], Tensor],
+        product: Callable[[list[Tensor]], Tensor],
+        *,
+        together: bool = False,
     ) -> Tensor:
         """Take the shortcut of small models where it is open, and find out where it may be."""
         (x, *others), m = self.args or (None,), self.samples
@@ -285,35 +301,57 @@ class _Batch:
         if shortcut is None:
             return through_layers()
         if (like := shortcut.like) is not None:
-            found = self._by_jacobian(shortcut, shortcut.jacobian, like, product)
+            found = self._by_jacobian(shortcut, like, product)
             return through_layers() if found is None else found
         result = through_layers()
         if shortcut.untried and (like := self._like) is not None:
             agrees = False
-            if not self._draws and shortcut.fits(like, attending=self._attends):
-                found = self._by_jacobian(shortcut, shortcut.tried, like, product)
-                eps = torch.finfo(like.dtype).eps
-                agrees = found is not None and _same(found, result, eps)
+            if not self._draws and shortcut.fits(like, attending=self._attends, together=together):
+                agrees = self._agrees(shortcut, like, product, result)
                 if shortcut.keeps():
                     through_layers()  # which leaves plain tensors
             shortcut.settle(like if agrees else None)
         return result
 
+    def _parts(self, shortcut: Shortcut, like: Tensor) -> tuple[Tensor, list[range]]:
+        """Return a basis, and parts of the samples whose Jacobians there is memory for, if any."""
+        basis = self._basis(like)
+        # The columns of a part, what they are copied from, and as much again in between.
+        return basis, shortcut.parts(len(basis), self.memory / (4 * like.itemsize))
+
     def _by_jacobian(
-        self,
-        shortcut: Shortcut,
-        jacobian: Callable[[Tensor, Tensor], Tensor | None],
-        like: Tensor,
-        product: Callable[[Tensor], Tensor],
+        self, shortcut: Shortcut, like: Tensor, product: Callable[[list[Tensor]], Tensor]
     ) -> Tensor | None:
         """Multiply the whole Jacobian with itself, if it has entries and there is memory for it."""
-        basis = self._basis(like)
-        # The parts, the whole, and as much again in between.
-        if not len(basis) or 4 * shortcut.elements(len(basis)) * like.itemsize > self.memory:
-            return None
+        basis, parts = self._parts(shortcut, like)
+        found: list[Tensor] = []
         with torch.no_grad():
-            J = jacobian(basis, like)
-            return None if J is None else product(J.to(_at_least_float32(like)))
+            for rows in parts:
+                columns = shortcut.jacobian(basis, like, rows)
+                if columns is None:
+                    return None
+                found.append(product(columns))
+        if len(found) < 2:
+            return found[0] if found else None
+        return torch.cat(found)
+
+    def _agrees(
+        self,
+        shortcut: Shortcut,
+        like: Tensor,
+        product: Callable[[list[Tensor]], Tensor],
+        result: Tensor,
+    ) -> bool:
+        """Whether the whole Jacobian gives a result, too: tried on one part of each size."""
+        basis, parts = self._parts(shortcut, like)
+        eps = torch.finfo(like.dtype).eps
+        with torch.no_grad():
+            for rows in parts if len(parts) < 2 else (parts[0], parts[-1]):
+                columns = shortcut.tried(basis, like, rows)
+                expected = result if len(parts) < 2 else result[rows.start : rows.stop]
+                if columns is None or not _same(product(columns), expected, eps):
+                    return False
+        return bool(parts)
 
     def forward(self, parts: Sequence[range]) -> Tape:
         """Run the model on parts of the batch."""

@@ -6,7 +6,11 @@ parameter by parameter, with torch's choice of attention or the plain one, which
 the fastest in the median counts. Seconds are those of the process's CPU on one thread. The first
 call, which checks the model, is not timed.
 
-    python tests/benchmarks/small_structures.py [--turns 15] [--only NAME] [--out FILE]
+With --between, narrow convolutions, whose gradients have few useful factors, and transformers of
+sizes drawn at random, of more than 2^18 entries of the Jacobian.
+
+    python tests/benchmarks/small_structures.py [--turns 15] [--only NAME | --between N]
+        [--out FILE]
 """
 
 from __future__ import annotations
@@ -68,11 +72,12 @@ def mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def convolutional(channels: int, k: int) -> nn.Sequential:
+def convolutional(channels: int, k: int, kernel: int = 3) -> nn.Sequential:
     """Two convolutions, pooled."""
+    around = kernel // 2
     return nn.Sequential(
-        *(nn.Conv2d(1, channels, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(channels, 2 * channels, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(1, channels, kernel, padding=around), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(channels, 2 * channels, kernel, padding=around), nn.ReLU()),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * channels, k)),
     )
 
@@ -140,38 +145,63 @@ def rows(turns: int, only: str) -> Iterator[dict[str, object]]:
         for k in OUTPUTS if only in name else ():
             torch.manual_seed(0)
             model, draw = models(k)[name]
-            size = sum(p.numel() for p in model.parameters())
             for m in SAMPLES:
-                if m * k * size > MOST:
-                    continue
-                x = draw(m)
-                runs = {"ours": lambda m=model, x=x: structure_matrix(m, x), **jacobians(model, x)}
-                first = runs["ours"]()
-                for way, run in runs.items():
-                    if not torch.allclose(run(), first, rtol=1e-3, atol=1e-3 * float(first.max())):
-                        print(f"{name}, k = {k}, m = {m}: {way} disagrees")
-                calls = max(1, int(5e-3 / seconds(runs["ours"], 3)))
-                times: dict[str, list[float]] = {way: [] for way in runs}
-                for _ in range(turns):
-                    for way in order.sample(list(runs), len(runs)):
-                        times[way].append(seconds(runs[way], calls))
-                best = min(
-                    (way for way in runs if way != "ours"), key=lambda w: np.median(times[w])
-                )
-                ratios = np.array(times["ours"]) / np.array(times[best])
-                yield {
-                    "model": name,
-                    "parameters": size,
-                    "outputs": k,
-                    "samples": m,
-                    "whole": Shortcut("structure_matrix", model, x).like is not None,
-                    "milliseconds": 1e3 * float(np.median(times["ours"])),
-                    "jacrev": best,
-                    "jacrev_milliseconds": 1e3 * float(np.median(times[best])),
-                    "ratio": float(np.median(ratios)),
-                    "ratio_quartiles": np.quantile(ratios, [0.25, 0.75]).tolist(),
-                    "memory_ratio": peak_bytes(model, runs["ours"]) / peak_bytes(model, runs[best]),
-                }
+                if m * k * sum(p.numel() for p in model.parameters()) <= MOST:
+                    yield compared(name, model, draw(m), k, turns, order)
+
+
+def between(number: int, turns: int) -> Iterator[dict[str, object]]:
+    """Compare on narrow convolutions and transformers of other sizes, three to one."""
+    order, sizes = random.Random(0), random.Random(1)
+    while number:
+        torch.manual_seed(0)
+        k, m = sizes.randint(2, 20), round(2 ** sizes.uniform(5, 10))
+        if sizes.random() < 0.75:
+            channels, kernel, side = (
+                sizes.randint(2, 12),
+                sizes.choice((1, 3, 5)),
+                sizes.choice((8, 16)),
+            )
+            model, x = convolutional(channels, k, kernel), torch.randn(m, 1, side, side)
+            name = f"CNN {channels}-{2 * channels}, {kernel}x{kernel}, on {side}x{side}"
+        else:
+            width = sizes.choice((16, 32, 64))
+            model, x = Transformer(width, k), torch.randint(20, (m, 8))
+            name = f"transformer, width {width}"
+        if 2**18 < m * k * sum(p.numel() for p in model.parameters()) < 2**25:
+            number -= 1
+            yield compared(name, model, x, k, turns, order)
+
+
+def compared(
+    name: str, model: nn.Module, x: Tensor, k: int, turns: int, order: random.Random
+) -> dict[str, object]:
+    """Compare on one model and batch."""
+    runs = {"ours": lambda: structure_matrix(model, x), **jacobians(model, x)}
+    first = runs["ours"]()
+    for way, run in runs.items():
+        if not torch.allclose(run(), first, rtol=1e-3, atol=1e-3 * float(first.max())):
+            print(f"{name}, k = {k}, m = {len(x)}: {way} disagrees")
+    calls = max(1, int(5e-3 / seconds(runs["ours"], 3)))
+    times: dict[str, list[float]] = {way: [] for way in runs}
+    for _ in range(turns):
+        for way in order.sample(list(runs), len(runs)):
+            times[way].append(seconds(runs[way], calls))
+    best = min((way for way in runs if way != "ours"), key=lambda w: np.median(times[w]))
+    ratios = np.array(times["ours"]) / np.array(times[best])
+    return {
+        "model": name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "outputs": k,
+        "samples": len(x),
+        "whole": Shortcut("structure_matrix", model, x).like is not None,
+        "milliseconds": 1e3 * float(np.median(times["ours"])),
+        "jacrev": best,
+        "jacrev_milliseconds": 1e3 * float(np.median(times[best])),
+        "ratio": float(np.median(ratios)),
+        "ratio_quartiles": np.quantile(ratios, [0.25, 0.75]).tolist(),
+        "memory_ratio": peak_bytes(model, runs["ours"]) / peak_bytes(model, runs[best]),
+    }
 
 
 def main() -> None:
@@ -179,12 +209,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--only", default="", help="models with this in their name")
+    parser.add_argument("--between", type=int, default=0, help="so many other sizes instead")
     parser.add_argument("--out", type=Path, help="a JSON file for the rows")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
     warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-    table = list(rows(arguments.turns, arguments.only))
+    if arguments.between:
+        table = list(between(arguments.between, arguments.turns))
+        print("| model | k | m | parameters | time, memory |\n|---|---|---|---|---|")
+        for row in table:
+            size = f"{row['outputs']} | {row['samples']} | {row['parameters']:,}"
+            print(f"| {row['model']} | {size} | {cell(row)} |")
+        for key in ("ratio", "memory_ratio"):
+            values = np.quantile([row[key] for row in table], [0, 0.25, 0.5, 0.75, 0.9, 1])
+            print(f"{key}: least, quartiles, 90 %, greatest: {np.round(values, 2)}")
+    else:
+        table = list(rows(arguments.turns, arguments.only))
+        show(table)
+    if arguments.out:
+        about = {"torch": torch.__version__, "python": platform.python_version()}
+        arguments.out.write_text(json.dumps({**about, "rows": table}))
+
+
+def show(table: list[dict[str, object]]) -> None:
+    """Print a line for each model and number of outputs."""
     print("| model | k | parameters |" + "".join(f" m = {m} |" for m in SAMPLES))
     print("|---|---|---|" + "---|" * len(SAMPLES))
     for name, k in dict.fromkeys((row["model"], row["outputs"]) for row in table):
@@ -192,9 +241,6 @@ def main() -> None:
         size = next(iter(line.values()))["parameters"]
         cells = [cell(line[m]) if m in line else "" for m in SAMPLES]
         print(f"| {name} | {k} | {size:,} | " + " | ".join(cells) + " |")
-    if arguments.out:
-        about = {"torch": torch.__version__, "python": platform.python_version()}
-        arguments.out.write_text(json.dumps({**about, "rows": table}))
 
 
 def cell(row: dict[str, object]) -> str:

@@ -370,6 +370,10 @@ def _outer_gram(piece: Outer) -> Tensor:
         assert isinstance(total, Tensor)
         return total
     between = right[0] @ right[0].mT  # (m, g, t, t)
+    if left.shape[2] == 1 and left.stride(3) == 1:  # as convolutions have it: one product for all k
+        rows = left[:, :, 0].permute(1, 0, 3, 2).flatten(1, 2)  # (m, k q, t)
+        moved, rows = (x.reshape(len(x), len(left), -1) for x in (rows @ between[:, 0], rows))
+        return moved @ rows.mT
     moved = (between @ left).transpose(0, 1).flatten(2)  # (m, k, g t q)
     return moved @ left.transpose(0, 1).flatten(2).mT
 
