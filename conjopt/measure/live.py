@@ -17,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from conjopt.measure.layers.layout import Samples
 from conjopt.measure.layers.pieces import SLAB, Dense, Piece, norms_and_sum, squared_norms, sum_of
-from conjopt.measure.layers.rules import pieces_of
+from conjopt.measure.layers.program import Recording
+from conjopt.measure.layers.rules import by_shapes, pieces_of
 from conjopt.measure.layers.tape import constants_of, through
 from conjopt.measure.layers.uses import Recorder, Use
 
@@ -36,6 +37,10 @@ _CONVOLUTIONS = frozenset(
 # They keep what they were given for the backward, so that it cannot run twice unless told to.
 _KEEPING = _CONVOLUTIONS | {F.linear}
 LITTLE, MANY = 2**16, 64  # bytes of gradients whose norms can wait, and how many may
+# What was done for a kind of use, and how many of its results are squared norms, -1 if it cannot be
+# done again.
+_PROGRAMS: dict[Any, tuple[Callable[..., tuple[Tensor, ...]] | None, int]] = {}
+_MOST = 2**10
 
 
 class Live(Recorder):
@@ -172,46 +177,100 @@ class Live(Recorder):
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         parts: list[Tensor] = []
         with torch.no_grad():
-            ranges = self._ranges(use)
-            for rows in ranges:
+            if sums is None and all(map(self._alone, use.weights)):
+                squares, little = self._norms(use, cotangents)
+                self._squares += squares
+                self._little += little
+                if len(self._little) >= MANY:
+                    self._count_little()
+                return
+            for rows in self._ranges(use):
                 part, mine = use.take(rows, cotangents)
-                squares: Tensor | None = None
-                found = pieces_of(part, [None if c is None else c[None] for c in mine])
-                for weight, piece in found:
+                total_squares: Tensor | None = None
+                for weight, piece in pieces_of(part, _leading(mine)):
                     if not self._alone(weight):
                         self._keep(weight, piece)
                         own, total = None, None if sums is None else sum_of(piece)
                     elif sums is None:
-                        if len(ranges) == 1 and self._put_by(piece, mine):
-                            continue
                         own, total = squared_norms([piece]), None
                     else:
                         own, total = norms_and_sum(piece)
                     if own is not None:
-                        squares = own if squares is None else squares + own
+                        total_squares = own if total_squares is None else total_squares + own
                     if sums is not None and total is not None:
                         total = total.reshape(weight.shape)
                         before = sums.get(id(weight))
                         sums[id(weight)] = total if before is None else before + total
-                if squares is not None:
-                    parts.append(squares)
+                if total_squares is not None:
+                    parts.append(total_squares)
             if parts:
                 self._squares.append(parts[0] if len(parts) == 1 else torch.cat(parts))
 
-    def _put_by(self, piece: Piece, cotangents: Sequence[Tensor | None]) -> bool:
-        """Keep a piece, if it is small, to take the norms of many of them in one call."""
-        if not isinstance(piece, Dense):
-            return False
-        storage = piece.gradients.untyped_storage()
-        if storage.nbytes() > LITTLE or any(
-            c is not None and c.untyped_storage().data_ptr() == storage.data_ptr()
-            for c in cotangents  # those may be written to before the backward is over
-        ):
-            return False
-        self._little.append(piece.gradients[0].flatten(1))
-        if len(self._little) == MANY:
-            self._count_little()
-        return True
+    def _norms(
+        self, use: Use, cotangents: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return squared norms, and small gradients whose norms are taken later in one call.
+
+        The second time that a kind of use is met what is done is written down, and done again from
+        then on.
+        """
+        key = self._key(use, cotangents)
+        if key is None or key not in _PROGRAMS:
+            if len(_PROGRAMS) >= _MOST:
+                _PROGRAMS.clear()
+            if key is not None:
+                _PROGRAMS[key] = None, 0
+            return self._norms_by_rules(use, cotangents)
+        inputs = [t for t, _ in use.versions]
+        inputs += [t for t in (*(use.statistics or ()), *cotangents) if t is not None]
+        program, number = _PROGRAMS[key]
+        if program is None:
+            if number < 0:
+                return self._norms_by_rules(use, cotangents)
+            with Recording(inputs) as recording:
+                squares, little = self._norms_by_rules(use, cotangents)
+            program = recording.program([*squares, *little])
+            _PROGRAMS[key] = program, -1 if program is None else len(squares)
+            return squares, little
+        found = list(program(*inputs))
+        return found[:number], found[number:]
+
+    def _key(self, use: Use, cotangents: Sequence[Tensor | None]) -> Any:
+        """Return all that decides what is done for a use; `None` if that cannot be told."""
+        if use.kind is None or not by_shapes(use):
+            return None
+        inputs = [t for t, version in use.versions if t._version == version]
+        if len(inputs) < len(use.versions):  # one was written to, which the rules refuse
+            return None
+        inputs += use.statistics or ()
+        key: list[Any] = [use.kind, self._stride, torch._C._is_any_autocast_enabled()]
+        for tensor in (*inputs, *cotangents):
+            if tensor is None:
+                key.append(None)
+            elif type(tensor) is Tensor or type(tensor) is nn.Parameter:
+                key.append((tensor.dtype, tensor.device, tensor.stride()))
+            else:
+                return None
+        return tuple(key)
+
+    def _norms_by_rules(
+        self, use: Use, cotangents: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        parts: list[Tensor] = []
+        little: list[Tensor] = []
+        ranges = self._ranges(use)
+        for rows in ranges:
+            part, mine = use.take(rows, cotangents)
+            squares: Tensor | None = None
+            for _, piece in pieces_of(part, _leading(mine)):
+                if len(ranges) == 1 and isinstance(piece, Dense) and _is_little(piece, mine):
+                    little.append(piece.gradients[0].flatten(1))
+                    continue
+                own = squared_norms([piece])
+                squares = own if squares is None else squares + own
+            if squares is not None:
+                parts.append(squares)
+        return parts if len(parts) < 2 else [torch.cat(parts)], little
 
     def _count_little(self) -> None:
         by_kind: dict[torch.dtype, list[Tensor]] = {}
@@ -265,6 +324,19 @@ class Live(Recorder):
             if squares:
                 total = torch.stack(squares).sum(0)
                 self._store(self.samples * total.sqrt(), self._task)
+
+
+def _leading(cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return cotangents as those of one direction, `(1, *shape)`."""
+    return [None if c is None else c[None] for c in cotangents]
+
+
+def _is_little(piece: Dense, cotangents: Sequence[Tensor | None]) -> bool:
+    """Whether gradients are small, and no part of what may be written to within the backward."""
+    storage = piece.gradients.untyped_storage()
+    return storage.nbytes() <= LITTLE and all(
+        c is None or c.untyped_storage().data_ptr() != storage.data_ptr() for c in cotangents
+    )
 
 
 def _statistics(use: Use, node: Any) -> tuple[Tensor, Tensor] | None:

@@ -96,6 +96,16 @@ def pieces_of(use: Use, cotangents: Cotangents) -> Found:
     return by_sample(use, cotangents) if found is None else found
 
 
+def by_shapes(use: Use) -> bool:
+    """Whether what is done for a use depends on shapes and options alone.
+
+    Rules of others may depend on anything; several calls are made of those that have none.
+    """
+    rule = _RULES.get(use.function)
+    own = rule is not None and rule.__module__.startswith(__name__.rpartition(".")[0])
+    return own and not use.whole and use.function not in LAYOUTS
+
+
 def places(use: Use, tensor: Tensor, at: Samples | None, lead: int = 0) -> Tensor | None:
     """Arrange a tensor as `(*lead, m, t, channels)`: samples, places, and its last dimension."""
     if at is None or at is LOST or at.dim >= tensor.ndim - lead - 1:

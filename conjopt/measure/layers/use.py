@@ -38,6 +38,8 @@ class Use:
         stride: Only every so many samples are wanted; set where `whole`.
         statistics: What a group normalisation kept for its own backward, `(m, groups)` each: means
             and inverse standard deviations.
+        kind: The same for calls with the same shapes and options, where samples are in the same
+            places; `None` if that cannot be told.
 
     Example:
         >>> from conjopt.measure.layers.tape import Tape
@@ -60,6 +62,7 @@ class Use:
     whole: bool = False
     stride: int = 1
     statistics: tuple[Tensor, Tensor] | None = None
+    kind: int | None = None
 
     @property
     def constants(self) -> frozenset[int]:

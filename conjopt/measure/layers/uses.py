@@ -9,6 +9,7 @@ the gradient of its result into per-sample gradients (`conjopt.measure.layers.ru
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -221,7 +222,7 @@ class Recorder(TorchFunctionMode):
             for tensor in results:
                 self._put(tensor, RANGE if is_range else None)
             return
-        places, where, whole = self._remembered(function, args, kwargs, given, where, results)
+        places, where, whole, kind = self._remembered(function, args, kwargs, given, where, results)
         for weight in [w for w in weights if where[id(w)] is not None]:
             self._repeat(weight, where[id(weight)])
             weights = [w for w in weights if w is not weight]
@@ -235,6 +236,7 @@ class Recorder(TorchFunctionMode):
             use = Use(
                 function, args, kwargs, weights, [], shapes, places, m, versions, where, whole
             )
+            use.kind = kind
             self.used(use, results)
 
     def _remembered(
@@ -245,7 +247,7 @@ class Recorder(TorchFunctionMode):
         given: dict[int, Tensor],
         where: dict[int, Samples | None],
         results: list[Tensor],
-    ) -> tuple[list[Samples | None], dict[int, Samples | None], bool]:
+    ) -> tuple[list[Samples | None], dict[int, Samples | None], bool, int | None]:
         """Follow the samples as in an earlier call of this kind, or anew."""
         order = {i: number for number, i in enumerate(given)}
         given_as = tuple([self._kind(value, order, where) for value in args])
@@ -255,14 +257,14 @@ class Recorder(TorchFunctionMode):
         try:
             known = _FOLLOWED.get(key)
         except TypeError:  # an argument that cannot be told from another
-            return self._follow(function, args, kwargs, given, where, results)
+            return *self._follow(function, args, kwargs, given, where, results), None
         if known is None:
             places, at, whole = self._follow(function, args, kwargs, given, where, results)
             if len(_FOLLOWED) >= 2**13:
                 _FOLLOWED.clear()
-            known = _FOLLOWED[key] = places, [at[i] for i in given], whole
-        places, along, whole = known
-        return places, dict(zip(given, along, strict=True)), whole
+            known = _FOLLOWED[key] = places, [at[i] for i in given], whole, next(_KINDS)
+        places, along, whole, kind = known
+        return places, dict(zip(given, along, strict=True)), whole, kind
 
     def _kind(self, value: Any, order: dict[int, int], where: dict[int, Samples | None]) -> Any:
         """Return what of an argument decides where samples go, to look it up by."""
@@ -412,7 +414,8 @@ class Recorder(TorchFunctionMode):
 
 
 _WRITES: dict[Any, bool] = {}
-_FOLLOWED: dict[Any, tuple[list[Samples | None], list[Samples | None], bool]] = {}
+_FOLLOWED: dict[Any, tuple[list[Samples | None], list[Samples | None], bool, int]] = {}
+_KINDS = itertools.count()
 _SIMPLE = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
 _WITHOUT_SAMPLES = frozenset((None, RANGE))
 _REPEATS = ("expand", "expand_as", "broadcast_to", "repeat", "tile")

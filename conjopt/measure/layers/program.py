@@ -1,0 +1,122 @@
+"""What a function did with tensors, to do it again without the function.
+
+What the rules of layers decide depends on shapes alone, and their code is not in the processor's
+cache between the kernels of a backward. So what was done for one kind of use is written down as a
+list of torch's operations, views of one tensor joined into one each.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+__all__ = ["Recording"]
+
+_REFUSED = {
+    torch.Tag.data_dependent_output,
+    torch.Tag.dynamic_output_shape,
+    torch.Tag.nondeterministic_seeded,
+}
+
+
+class Recording(TorchDispatchMode):
+    """Writes down what is done with tensors while it is active, and holds them until it is gone.
+
+    Args:
+        inputs: Tensors that the function is given.
+
+    Example:
+        >>> x = torch.ones(2, 3)
+        >>> with Recording([x]) as recording:
+        ...     y = x[0].sum() + 1
+        >>> program = recording.program([y])
+        >>> program(torch.zeros(2, 3))
+        (tensor(1.),)
+    """
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._graph = Graph()
+        self._works = True
+        # By storage: a tensor that has it as it was made or given, and its node.
+        self._roots: dict[int, tuple[Tensor, Node]] = {}
+        self._views: dict[Any, Node] = {}
+        for i, tensor in enumerate(inputs):
+            self._works = self._works and not self._is_view(tensor)
+            self._root(tensor, self._graph.placeholder(f"x{i}"))
+
+    def __torch_dispatch__(
+        self,
+        function: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call an operation, and write it down."""
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        self._works = self._works and _REFUSED.isdisjoint(function.tags)
+        if self._works and not (made and all(self._is_view(t) for t in made) and _views(function)):
+            nodes = tree_map(self._node, (args, kwargs))
+            if self._works:
+                node = self._graph.call_function(function, *nodes)
+                several = isinstance(result, tuple | list)
+                for i, tensor in enumerate(result if several else [result]):
+                    if isinstance(tensor, Tensor) and not self._is_view(tensor):
+                        one = self._graph.call_function(operator.getitem, (node, i))
+                        self._root(tensor, one if several else node)
+        return result
+
+    def program(self, outputs: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]] | None:
+        """Return a function of tensors like the inputs that does the same again.
+
+        It is for inputs of the same shapes, strides, types and devices. `None` if what was done
+        depends on values, on chance, or on tensors from elsewhere, or if inputs share memory.
+
+        Args:
+            outputs: What it is to return.
+        """
+        self._graph.output(tuple(self._node(tensor) for tensor in outputs))
+        return GraphModule({}, self._graph).forward if self._works else None
+
+    def _root(self, tensor: Tensor, node: Node) -> None:
+        self._roots.setdefault(tensor.untyped_storage()._cdata, (tensor, node))
+
+    def _is_view(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._roots
+
+    def _node(self, value: Any) -> Any:
+        """Return the node of a tensor, a view of the first one with its storage."""
+        if not isinstance(value, Tensor):
+            return value
+        root, node = self._roots.get(value.untyped_storage()._cdata, (None, None))
+        if root is None or root.dtype != value.dtype or value.is_conj() or value.is_neg():
+            self._works = False
+            return None
+        how = (tuple(value.shape), value.stride(), value.storage_offset() - root.storage_offset())
+        if how == (tuple(root.shape), root.stride(), 0):
+            return node
+        key = node, how
+        if key not in self._views:
+            self._views[key] = self._graph.call_function(_view, (node, *how))
+        return self._views[key]
+
+
+def _view(tensor: Tensor, size: Any, stride: Any, offset: int) -> Tensor:
+    if offset:
+        return tensor.as_strided(size, stride, tensor.storage_offset() + offset)
+    return tensor.as_strided(size, stride)
+
+
+def _views(function: Any) -> bool:
+    """Whether an operation does nothing but look at its arguments in another way."""
+    arguments = function._schema.arguments
+    return not any(a.alias_info is not None and a.alias_info.is_write for a in arguments)
