@@ -64,6 +64,7 @@ class GradientEdge(StepRule):
 
     name = "edge"
     asks = "length"
+    sampled = True
 
     def __init__(
         self,
