@@ -37,12 +37,14 @@ class Sample:
     Attributes:
         replay: runs them.
         pull: their vector-Jacobian products, by one graph.
-        mask: (m,) which they are; None for all.
+        mask: (m,) which they are.
+        stride: how many samples one of them stands for.
     """
 
     replay: Replay
     pull: Pull
-    mask: Tensor | None = None
+    mask: Tensor
+    stride: int
 
 
 @dataclasses.dataclass(eq=False)
@@ -167,11 +169,11 @@ def split(
     # Each by itself: one less the other would be rounding where a part has no weight.
     first_share, second_share = (_weight(batch, *pull) / batch.weight for pull in pulls)
     sample = None
-    if keep and replays[0] is not None:
+    if keep and mask is not None and replays[0] is not None:
         pull = replays[0].adjoint(parameters)
         # Not compared any more: along a direction it may be run elsewhere.
         alone = dataclasses.replace(replays[0], expected={})
-        sample = Sample(alone, pull, pulls[0][1])
+        sample = Sample(alone, pull, ~mask, stride)
     first = _pull(*pulls[0], replays[0], parameters, batch.weight, sample)
     second = _pull(*pulls[1], replays[1], parameters, batch.weight) if changed else None
     g1, g2 = of_parts(gradients, first, second, (first_share, second_share))

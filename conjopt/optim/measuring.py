@@ -42,7 +42,8 @@ BY_ROWS = (True, False)  # a half's samples are run alone, or else all of them w
 # Along the gradient every so many-th sample will do, if these have so many loss terms together.
 STRIDES = ((4, 256), (2, 32))
 LEAST = 4  # samples, however many terms they have
-OFTEN = 20  # first measurements, each of which finds the greatest curvature; later every second
+# Where it is every fourth, later measurements than so many find the greatest curvature in turns.
+OFTEN = 20
 RHO_BLOCK_MIN = 0.02  # least share of a block's raw slope that its shrinkage leaves
 
 
@@ -325,8 +326,8 @@ def along_gradient(
         direction: makes ``u``.
         product: ``J u``.
         products: curvature products to find ``hi(GGN_B)`` by; 0 leaves it.
-        sampled: whether some samples of a large batch will do, and every second measurement for
-            ``hi(GGN_B)``.
+        sampled: whether some samples of a large batch will do, and of a very large one every second
+            measurement for ``hi(GGN_B)``.
         measured: measurements before.
         memory: there is.
     """
@@ -349,7 +350,8 @@ def along_gradient(
         curvature=response.curvature,
         length=inner_products(along, along).sum().sqrt(),
     )
-    if products and (sample is None or measured < OFTEN or measured % 2):
+    in_turns = sample is not None and sample.stride == STRIDES[0][0] and measured >= OFTEN
+    if products and not (in_turns and measured % 2):
         total = response.weight
         measurement.top, too = _top(
             batch, forward, sample, blocks, product, products, total, watch.ranks, memory
