@@ -14,7 +14,7 @@ from conjopt.measure.parts import inner_products
 from conjopt.measure.shards import is_sharded, total_norm
 from conjopt.optim.gate import Gate, choose
 
-__all__ = ["Blocks"]
+__all__ = ["Blocks", "is_known_one"]
 
 
 @dataclasses.dataclass(eq=False)
@@ -124,7 +124,7 @@ class Blocks:
             foreach: multi-tensor kernels; None for on a GPU.
         """
         gradients = self.gradients
-        if by is not None and (by.device.type != "cpu" or bool(by != 1)):
+        if by is not None and not is_known_one(by):
             if foreach or (foreach is None and gradients[0].is_cuda):
                 gradients = list(torch._foreach_div(gradients, by))
             else:
@@ -200,3 +200,16 @@ class Blocks:
             if "average" not in state:
                 state["average"] = parameter.detach().clone()
             state["average"].lerp_(parameter, share.to(parameter.dtype))
+
+
+def is_known_one(number: Tensor) -> bool:
+    """Whether a number is 1; a device is not asked.
+
+    Args:
+        number: ().
+
+    Example:
+        >>> is_known_one(torch.tensor(1.0)), is_known_one(torch.tensor(2.0))
+        (True, False)
+    """
+    return number.device.type == "cpu" and bool(number == 1)
