@@ -74,6 +74,7 @@ SIZES = [
     (16, 63, 2),
     (16, 64, 4),
     (15, 70, 2),
+    (17, 60, 2),
 ]
 
 
@@ -241,3 +242,22 @@ def test_one_forward_for_many_cotangents(chunks):
         for a, b in zip(found, replay.pull(cotangent, named), strict=True):
             assert_close(a, b, rtol=1e-13, atol=1e-15)
         del runs[runs_before:]
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_each_group_moves_by_its_own_rate(factor):
+    """And by the gradient of the mean loss, whatever the loop multiplies it by."""
+    model, x, y = problem(12)
+    groups = [
+        {"params": model.body[0].parameters(), "lr": 0.5},
+        {"params": model.body[2].parameters(), "lr": 1.0},
+    ]
+    optimizer = make(model, params=groups, direction="sgd", momentum=0.0)
+    before = parameters(model)
+    g = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), list(model.parameters()))
+    (factor * optimizer._watch.criterion(model(x), y)).backward()
+    optimizer.step()
+    sizes = [group["step_size"] for group in optimizer.param_groups for _ in group["params"]]
+    assert sizes[0] == sizes[-1] / 2 > 0
+    for was, is_, size, gradient in zip(before, parameters(model), sizes, g, strict=True):
+        assert_close(is_, was - size * gradient, rtol=1e-12, atol=1e-14)

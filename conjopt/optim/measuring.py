@@ -336,7 +336,7 @@ def along_gradient(
     along = [t if r == 1 else t * r for t, r in zip(u, blocks.ratios, strict=True)]
     forward, parts, coupled = batch.forwards[-1], None, couples_samples(watch.model)
     if not coupled:
-        stride = _stride(batch, watch.ranks) if sampled else None
+        stride = _stride(batch) if sampled else None
         parts = _parts(watch, batch, joined, blocks, stride)
     sample = None if parts is None else parts.sample
     replay, mask = (forward.replay, None) if sample is None else (sample.replay, sample.mask)
@@ -368,13 +368,13 @@ def along_gradient(
     return Found(u, pending, measurement, lost=lost)
 
 
-def _stride(batch: Batch, ranks: Ranks) -> int | None:
+def _stride(batch: Batch) -> int | None:
     """How many samples one of them may stand for in a measurement; None where all are needed.
 
     Few terms find too great a curvature, and near zero loss that of the one or two with most of it.
     """
     size = batch.forwards[-1].batch_size
-    if ranks.several or size is None or len(batch.forwards) > 1:
+    if size is None or len(batch.forwards) > 1:
         return None
     terms = sum(
         int((batch.potential_of.weights(o.outputs, o.targets) != 0).sum())
