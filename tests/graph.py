@@ -51,4 +51,5 @@ def as_on_a_device(monkeypatch):
         patch.setattr(ConjSGD, "_given_up", lambda self, finite: False)
         patch.setattr(ConjSGD, "_gate", lambda self, finite: finite)
         patch.setattr("conjopt.optim.checks.positive", lambda weight: None)
+        patch.setattr("conjopt.optim.blocks.is_known_one", lambda number: False)
         yield

@@ -93,7 +93,8 @@ def product(optimizer: ConjSGD, batch: Any, blocks: Blocks, u: Tensor) -> Tensor
     with torch.no_grad():
         _, changes = _changes(optimizer._product, forward, forward.replay, blocks, along)
         own = [o.kappa * o.scale for o in batch.observations if o.forward is forward]
-        bent = curvature_product(batch, forward, changes, blocks.by_name, sum(own))
+        pull = forward.replay.adjoint(blocks.by_name)
+        bent = curvature_product(batch, forward, changes, pull, sum(own))
     assert [tuple(t.shape) for t in bent] == [tuple(p.shape) for p in blocks.parameters]
     return torch.cat([t.flatten() for t in bent])
 
@@ -254,6 +255,7 @@ def test_the_power_method_comes_from_below_to_the_greatest_eigenvalue(name: str)
             top, lost = _top(
                 batch,
                 batch.forwards[-1],
+                None,
                 blocks,
                 optimizer._product,
                 products,

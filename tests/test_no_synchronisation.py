@@ -42,10 +42,11 @@ class Spy(TorchDispatchMode):
     ids=str,
 )
 def test_an_ordinary_step_reads_nothing(options, monkeypatch):
-    # A CPU is asked whether a step is finite; a device is not. Take the way of devices.
+    # A CPU is asked whether a step is finite, and more; a device is not. Take the way of devices.
     monkeypatch.setattr(ConjSGD, "_given_up", lambda self, finite: False)
     monkeypatch.setattr(ConjSGD, "_gate", lambda self, finite: finite)
     monkeypatch.setattr("conjopt.optim.checks.positive", lambda weight: None)
+    monkeypatch.setattr("conjopt.optim.blocks.is_known_one", lambda number: False)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     options = {"loss": nn.CrossEntropyLoss(), **options}

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from conjopt.measure.observation import Batch, Forward
-from conjopt.measure.replay import Replay
+from conjopt.measure.replay import Pull, Replay
 
 __all__ = ["ChunkedReplay", "ran_out_of_memory", "run_in_chunks"]
 
@@ -86,6 +86,14 @@ class ChunkedReplay(Replay):
             total = part if total is None else list(torch._foreach_add(total, part))
         assert total is not None
         return total
+
+    def adjoint(self, parameters: Mapping[str, Tensor]) -> Pull:
+        """See `Replay.adjoint`; the chunks run anew for each, as memory does for one at a time.
+
+        Args:
+            parameters: see `Replay.pull`.
+        """
+        return lambda cotangents: self.pull(cotangents, parameters)
 
     def rows(self) -> Iterator[slice]:
         """The samples of each chunk."""

@@ -13,21 +13,38 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from conjopt.measure.noise import halves
 from conjopt.measure.observation import Batch, Forward, Observation, sum_of
-from conjopt.measure.replay import Replay
-from conjopt.measure.row_replay import of_rows
+from conjopt.measure.replay import Pull, Replay
+from conjopt.measure.row_replay import RowReplay, of_rows
 from conjopt.measure.shards import local, sum_over_shards
 
 __all__ = [
     "Parts",
     "Response",
+    "Sample",
     "curvature_product",
     "inner_products",
     "of_parts",
     "respond",
     "split",
 ]
+
+
+@dataclasses.dataclass(eq=False)
+class Sample:
+    """Samples of a forward that are measured for the whole batch.
+
+    Attributes:
+        replay: runs them.
+        pull: their vector-Jacobian products, by one graph.
+        mask: (m,) which they are.
+        stride: how many samples one of them stands for.
+    """
+
+    replay: Replay
+    pull: Pull
+    mask: Tensor
+    stride: int
 
 
 @dataclasses.dataclass(eq=False)
@@ -42,6 +59,7 @@ class Parts:
         replay: runs it again, or these samples of it alone.
         mask: (m,) which of its samples belong to the second part; None for all.
         here: whether it does; one of another process may.
+        sample: the first part's samples, which ran alone; None unless `split` is to keep them.
     """
 
     first: list[Tensor]
@@ -51,6 +69,7 @@ class Parts:
     replay: Replay
     mask: Tensor | None
     here: bool = True
+    sample: Sample | None = None
 
     @property
     def noise(self) -> tuple[Tensor, Tensor]:
@@ -99,6 +118,8 @@ def split(
     *,
     changed: bool,
     by_rows: bool = False,
+    stride: int = 2,
+    keep: bool = False,
 ) -> Parts | None:
     """Gradients of two parts of the batch.
 
@@ -111,6 +132,8 @@ def split(
             the rest is left in both. Otherwise what did not come through the model's outputs, such
             as a penalty on weights, is left in the second.
         by_rows: run a part's samples alone where one forward has both, at half the cost.
+        stride: of one forward, every so many-th sample is of the first part.
+        keep: the first part's graph, in `Parts.sample`, where it ran alone.
 
     Returns:
         None if the batch has no two parts: a single sample, or outputs whose samples are not along
@@ -123,7 +146,7 @@ def split(
     size = forwards[0].batch_size
     replay = forwards[-1].replay
     assert replay is not None
-    replays: list[Replay | None] = [None, None]
+    replays: list[RowReplay | None] = [None, None]
     pulls: list[tuple[list[Forward], Tensor | None]]
     if len(forwards) > 1:
         sizes = [forward.batch_size or 1 for forward in forwards]
@@ -133,21 +156,28 @@ def split(
     elif size is None or size < 2 or not _rows_are_of_samples(batch, size):
         return None
     else:
-        even, mask = halves(size, device=batch.weight.device)
-        counts = (size - size // 2, size // 2)
-        pulls = [(forwards, even), (forwards, mask)]
+        own = torch.arange(size) % stride == 0  # on the CPU, for their numbers
+        counts = (int(own.sum()), int((~own).sum()))
+        mask = ~own.to(batch.weight.device)
+        pulls = [(forwards, ~mask), (forwards, mask)]
         if by_rows:
-            places = torch.arange(size, device=even.device)
+            rows = [part.nonzero().flatten().to(mask.device) for part in (own, ~own)]
             seen = {place: forwards[0].outputs[place] for place in forwards[0].gradients}
-            replays[0] = of_rows(replay, places[::2], size, seen)
-            replays[1] = replay = of_rows(replay, places[1::2], size)
+            replays[0] = of_rows(replay, rows[0], size, seen)
+            replays[1] = replay = of_rows(replay, rows[1], size)
 
     # Each by itself: one less the other would be rounding where a part has no weight.
     first_share, second_share = (_weight(batch, *pull) / batch.weight for pull in pulls)
-    first = _pull(*pulls[0], replays[0], parameters, batch.weight)
+    sample = None
+    if keep and mask is not None and replays[0] is not None:
+        pull = replays[0].adjoint(parameters)
+        # Not compared any more: along a direction it may be run elsewhere.
+        alone = dataclasses.replace(replays[0], expected={})
+        sample = Sample(alone, pull, ~mask, stride)
+    first = _pull(*pulls[0], replays[0], parameters, batch.weight, sample)
     second = _pull(*pulls[1], replays[1], parameters, batch.weight) if changed else None
     g1, g2 = of_parts(gradients, first, second, (first_share, second_share))
-    return Parts(g1, g2, counts, forwards[-1], replay, mask)
+    return Parts(g1, g2, counts, forwards[-1], replay, mask, sample=sample)
 
 
 def of_parts(
@@ -218,7 +248,7 @@ def curvature_product(
     batch: Batch,
     forward: Forward,
     changes: Mapping[int, Tensor],
-    parameters: Mapping[str, Tensor],
+    pull: Pull,
     total: Tensor,
 ) -> list[Tensor]:
     """``GGN_B u`` from ``J u``: the outputs' Hessians, then one vector-Jacobian product (Thm 2.6).
@@ -226,14 +256,13 @@ def curvature_product(
     Args:
         batch: observed while the watch was armed.
         forward: one of its forwards, whose samples are B.
-        changes: ``J u`` by place among the output's leaves.
-        parameters: by name, the model's own.
+        changes: ``J u`` by place among the output's leaves; 0 for samples that are not of B.
+        pull: vector-Jacobian products of these samples.
         total: () ``sum kappa c`` of B, of which these samples may be a part.
 
     Returns:
         a tensor in the shape of each parameter, per-sample Fenchel-Young units.
     """
-    assert forward.replay is not None
     reading = batch.potential_of
     cotangents: dict[int, Tensor] = {}
     for o in batch.observations:
@@ -248,7 +277,7 @@ def curvature_product(
             (cotangent,) = torch.autograd.grad(rearranged, like, bent.to(rearranged.dtype))
         for place, part in o.pull_back(cotangent, changes).items():
             cotangents[place] = cotangents[place] + part if place in cotangents else part
-    return forward.replay.pull(cotangents, parameters)
+    return pull(cotangents)
 
 
 def inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
@@ -282,6 +311,7 @@ def _pull(
     replay: Replay | None,
     parameters: Mapping[str, Tensor],
     weight: Tensor,
+    sample: Sample | None = None,
 ) -> list[Tensor]:
     """The part of g that came through some samples of some forwards, or of a replay of them."""
     total: list[Tensor] | None = None
@@ -292,7 +322,7 @@ def _pull(
             place: gradient if mask is None else gradient * _along_rows(mask, gradient)
             for place, gradient in forward.gradients.items()
         }
-        pulled = runs.pull(cotangents, parameters)
+        pulled = runs.pull(cotangents, parameters) if sample is None else sample.pull(cotangents)
         total = pulled if total is None else list(torch._foreach_add(total, pulled))
     assert total is not None
     return list(torch._foreach_div(total, weight))

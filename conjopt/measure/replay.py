@@ -19,6 +19,7 @@ from conjopt.measure.graph_hooks import without_multi_grad_hooks
 from conjopt.measure.shards import is_sharded, moved_in_place
 
 __all__ = [
+    "Pull",
     "RandomState",
     "Replay",
     "changed_buffers",
@@ -30,6 +31,7 @@ __all__ = [
 # Whether the model runs for a measurement, which other measurements are to leave alone.
 REPLAYING: contextvars.ContextVar[bool] = contextvars.ContextVar("REPLAYING", default=False)
 
+Pull = Callable[[Mapping[int, Tensor]], list[Tensor]]  # cotangents by place, to parameters
 RandomState = tuple[Tensor, dict[torch.device, Tensor]]  # of the CPU, and of each CUDA device
 
 
@@ -185,23 +187,47 @@ class Replay:
             >>> bias
             tensor([4.])
         """
-        with torch.enable_grad(), without_multi_grad_hooks(parameters.values()):
+        return self._adjoint(parameters, keep=False)(cotangents)
+
+    def adjoint(self, parameters: Mapping[str, Tensor]) -> Pull:
+        """`pull` for any number of cotangents, by one forward; its graph lives as long as this.
+
+        Args:
+            parameters: see `pull`.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> replay = Replay(model, (torch.ones(4, 2),), {}, Replay.random_state(model))
+            >>> pull = replay.adjoint(dict(model.named_parameters()))
+            >>> [pull({0: torch.full((4, 1), w)})[1] for w in (1.0, 2.0)]
+            [tensor([4.]), tensor([8.])]
+        """
+        return self._adjoint(parameters, keep=True)
+
+    def _adjoint(self, parameters: Mapping[str, Tensor], keep: bool) -> Pull:
+        with torch.enable_grad():
             leaves = self.run(parameters)
+        wanted = {name: p for name, p in parameters.items() if p.requires_grad}
+
+        def pull(cotangents: Mapping[int, Tensor]) -> list[Tensor]:
             outputs: Sequence[Tensor] = [_present(leaves[place]) for place in cotangents]
-            wanted = {name: p for name, p in parameters.items() if p.requires_grad}
-            products = torch.autograd.grad(
-                outputs,
-                list(wanted.values()),
-                [c.to(o.dtype) for c, o in zip(cotangents.values(), outputs, strict=True)],
-                allow_unused=True,
-            )
-        found = dict(zip(wanted, products, strict=True))
-        return [
-            torch.zeros_like(parameter)
-            if (product := found.get(name)) is None
-            else product.detach()
-            for name, parameter in parameters.items()
-        ]
+            with without_multi_grad_hooks(parameters.values()):
+                products = torch.autograd.grad(
+                    outputs,
+                    list(wanted.values()),
+                    [c.to(o.dtype) for c, o in zip(cotangents.values(), outputs, strict=True)],
+                    retain_graph=keep,
+                    allow_unused=True,
+                )
+            found = dict(zip(wanted, products, strict=True))
+            return [
+                torch.zeros_like(parameter)
+                if (product := found.get(name)) is None
+                else product.detach()
+                for name, parameter in parameters.items()
+            ]
+
+        return pull
 
 
 def changed_buffers(model: nn.Module, before: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from conjopt.measure.parts import inner_products
 from conjopt.measure.shards import is_sharded, total_norm
 from conjopt.optim.gate import Gate, choose
 
-__all__ = ["Blocks"]
+__all__ = ["Blocks", "is_known_one"]
 
 
 @dataclasses.dataclass(eq=False)
@@ -117,14 +117,14 @@ class Blocks:
         return total_norm(self.gradients, math.inf, foreach)
 
     def scale(self, by: Tensor | None, foreach: bool | None) -> None:
-        """Bring the gradients to the units and the sign of the step, in new tensors.
+        """Bring the gradients to the units and the sign of the step; ``.grad`` stays as it is.
 
         Args:
-            by: () divides them; None for nothing.
+            by: () divides them; None for nothing, as 1 on a CPU is.
             foreach: multi-tensor kernels; None for on a GPU.
         """
         gradients = self.gradients
-        if by is not None:
+        if by is not None and not is_known_one(by):
             if foreach or (foreach is None and gradients[0].is_cuda):
                 gradients = list(torch._foreach_div(gradients, by))
             else:
@@ -160,6 +160,7 @@ class Blocks:
             gate: () whether the step is taken.
         """
         left: dict[int, Tensor] = {}  # by group, what a step leaves of its parameters
+        sizes: dict[tuple[int, torch.dtype], Tensor] = {}  # in the types of the parameters
         for parameter, group, state, u in zip(
             self.parameters, self.groups, self.states, directions, strict=True
         ):
@@ -178,8 +179,14 @@ class Blocks:
                     )
             moved = choose(gate, u, 0.0)
             if isinstance(size, Tensor):
-                by = size * state.get("shrinkage", 1.0)
-                parameter.addcmul_(moved, by.to(parameter.dtype), value=-1)
+                key = id(group), parameter.dtype
+                if "shrinkage" in state:
+                    by = (size * state["shrinkage"]).to(parameter.dtype)
+                elif key in sizes:
+                    by = sizes[key]
+                else:
+                    by = sizes[key] = size.to(parameter.dtype)
+                parameter.addcmul_(moved, by, value=-1)
             else:
                 parameter.add_(moved, alpha=-size)
 
@@ -193,3 +200,16 @@ class Blocks:
             if "average" not in state:
                 state["average"] = parameter.detach().clone()
             state["average"].lerp_(parameter, share.to(parameter.dtype))
+
+
+def is_known_one(number: Tensor) -> bool:
+    """Whether a number is 1; a device is not asked.
+
+    Args:
+        number: ().
+
+    Example:
+        >>> is_known_one(torch.tensor(1.0)), is_known_one(torch.tensor(2.0))
+        (True, False)
+    """
+    return number.device.type == "cpu" and bool(number == 1)

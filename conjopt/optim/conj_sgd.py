@@ -576,6 +576,7 @@ class ConjSGD(Saved):
             self._statistics,
             self._trust_only,
             self._rule.products,
+            self._rule.sampled,
             self._memory,
         )
         return None if found is not None and found.nothing else found

@@ -25,12 +25,13 @@ REACH = 0.3  # change of outputs that a step may make where no Lipschitz constan
 class GradientEdge(StepRule):
     """``a = s r / L``: the step of Thm 3.2 for SGD with momentum, braked where losses do not fall.
 
-    ``L`` is the geometric mean of ``hi(GGN_B)`` over some twenty measurements and ``r =
-    1 / (1 + damping (1/rho - 1))``, with the gradient correlation ``rho`` of two halves of the
-    batch (Thm 3.2 has ``r = rho``, for one step without momentum; a heavy ball's mean over steps
-    is less noisy). The step is no longer than ``stable r / L`` with the upper envelope of L, and
-    than the trust region (Thm 3.6) on the whole displacement ``u`` of the heavy ball. A brake
-    (`conjopt.optim.brake`) shortens it where the running loss rises or rests.
+    ``L`` is the geometric mean of ``hi(GGN_B)``, of a large batch by some of its samples, over some
+    twenty measurements. ``r = 1 / (1 + damping (1/rho - 1))``, with the gradient correlation
+    ``rho`` of two parts of the batch (Thm 3.2 has ``r = rho``, for one step without momentum; a
+    heavy ball's mean over steps is less noisy). The step is no longer than ``stable r / L`` with
+    the upper envelope of L, and than the trust region (Thm 3.6) on the whole displacement ``u`` of
+    the heavy ball. A brake (`conjopt.optim.brake`) shortens it where the running loss rises or
+    rests.
 
     Along tuned SGD with momentum 0.9, ``a hi(GGN_B)`` was between 0.02 and 0.7 on eight problems,
     about 1 to 1.5 times ``rho``, and no other ratio told them apart as well.
@@ -64,6 +65,7 @@ class GradientEdge(StepRule):
 
     name = "edge"
     asks = "length"
+    sampled = True
 
     def __init__(
         self,

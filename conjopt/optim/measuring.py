@@ -19,6 +19,7 @@ from conjopt.measure.observation import Batch, Forward
 from conjopt.measure.parts import (
     Parts,
     Response,
+    Sample,
     curvature_product,
     inner_products,
     respond,
@@ -38,6 +39,11 @@ from conjopt.optim.statistics import Measurement, Statistics
 __all__ = ["Found", "along_gradient", "change_only", "couples_samples", "held_out", "measure"]
 
 BY_ROWS = (True, False)  # a half's samples are run alone, or else all of them with masks
+# Along the gradient every so many-th sample will do, if these have so many loss terms together.
+STRIDES = ((4, 256), (2, 32))
+LEAST = 4  # samples, however many terms they have
+# Where it is every fourth, later measurements than so many find the greatest curvature in turns.
+OFTEN = 20
 RHO_BLOCK_MIN = 0.02  # least share of a block's raw slope that its shrinkage leaves
 
 
@@ -169,6 +175,7 @@ def measure(
     statistics: Statistics,
     trust_only: bool,
     products: int,
+    sampled: bool,
     memory: Memory,
 ) -> Found | None:
     """Measure in the way that direction, model and batch allow.
@@ -183,6 +190,7 @@ def measure(
         statistics: so far.
         trust_only: whether they lack slopes and curvature.
         products: curvature products to find ``hi(GGN_B)`` by, along the gradient.
+        sampled: whether some samples of a large batch will do there.
         memory: there is.
 
     Returns:
@@ -194,7 +202,18 @@ def measure(
     if not coupled:
         memory.fit(batch)
     if not direction.held_out:
-        found = along_gradient(watch, batch, joined, blocks, direction, product, products, memory)
+        found = along_gradient(
+            watch,
+            batch,
+            joined,
+            blocks,
+            direction,
+            product,
+            products,
+            sampled,
+            statistics.measured,
+            memory,
+        )
         at_risk = products or any(group["momentum"] for group in blocks.groups)
         if at_risk and not ranks.several and to_be_looked_at(statistics.measured):
             found.other_terms = share_of_other_terms(watch, batch, blocks)
@@ -209,8 +228,13 @@ def measure(
     return change_only(batch, blocks, direction, ranks, memory)
 
 
-def _parts(watch: Watch, batch: Batch, joined: Joined, blocks: Blocks) -> Parts | None:
-    """The two halves: of the ranks, or of the samples of a single one."""
+def _parts(
+    watch: Watch, batch: Batch, joined: Joined, blocks: Blocks, stride: int | None = None
+) -> Parts | None:
+    """The two halves: of the ranks, or of the samples of a single one.
+
+    With a stride, the first of them is every so many-th sample, and is kept for more.
+    """
     changed, parameters = watch.changed_since_backward(batch.marks), blocks.by_name
     if watch.ranks.several:
         local = watch.take_local()
@@ -219,7 +243,15 @@ def _parts(watch: Watch, batch: Batch, joined: Joined, blocks: Blocks) -> Parts 
         )
     for by_rows in BY_ROWS:
         with contextlib.suppress(Coupled):
-            return split(batch, parameters, blocks.gradients, changed=changed, by_rows=by_rows)
+            return split(
+                batch,
+                parameters,
+                blocks.gradients,
+                changed=changed,
+                by_rows=by_rows,
+                stride=stride if stride and by_rows else 2,
+                keep=stride is not None,
+            )
     return None
 
 
@@ -280,6 +312,8 @@ def along_gradient(
     direction: Direction,
     product: JacobianProduct,
     products: int,
+    sampled: bool,
+    measured: int,
     memory: Memory,
 ) -> Found:
     """The greatest curvature of the batch, its halves' correlation, and what ``u`` does to it.
@@ -292,13 +326,21 @@ def along_gradient(
         direction: makes ``u``.
         product: ``J u``.
         products: curvature products to find ``hi(GGN_B)`` by; 0 leaves it.
+        sampled: whether some samples of a large batch will do, and of a very large one every second
+            measurement for ``hi(GGN_B)``.
+        measured: measurements before.
         memory: there is.
     """
     gradients = blocks.gradients
     u, pending = direction.propose(gradients, gradients, blocks.states, blocks.groups)
     along = [t if r == 1 else t * r for t, r in zip(u, blocks.ratios, strict=True)]
-    forward = batch.forwards[-1]
-    seen = _respond, product, batch, forward, forward.replay, blocks, along, None
+    forward, parts, coupled = batch.forwards[-1], None, couples_samples(watch.model)
+    if not coupled:
+        stride = _stride(batch) if sampled else None
+        parts = _parts(watch, batch, joined, blocks, stride)
+    sample = None if parts is None else parts.sample
+    replay, mask = (forward.replay, None) if sample is None else (sample.replay, sample.mask)
+    seen = _respond, product, batch, forward, replay, blocks, along, mask
     _, own = memory.together(watch.ranks, *seen) or ([], Response.nothing(batch))
     (response,) = watch.ranks.respond([own])
     lost = response.lost
@@ -308,29 +350,45 @@ def along_gradient(
         curvature=response.curvature,
         length=inner_products(along, along).sum().sqrt(),
     )
-    if products:
+    in_turns = sample is not None and sample.stride == STRIDES[0][0] and measured >= OFTEN
+    if products and not (in_turns and measured % 2):
         total = response.weight
         measurement.top, too = _top(
-            batch, forward, blocks, product, products, total, watch.ranks, memory
+            batch, forward, sample, blocks, product, products, total, watch.ranks, memory
         )
         lost = lost | too
-    parts = None
-    if not couples_samples(watch.model):
-        parts = _parts(watch, batch, joined, blocks)
-        if parts is None:  # a single sample, which says nothing of another
-            measurement.correlation = torch.zeros_like(response.change)
     if parts is not None:
         inner, noise = parts.noise
         measurement.mean_square, measurement.noise = inner, noise
         square = inner_products(gradients, gradients).sum()
         tiny = torch.finfo(square.dtype).tiny
         measurement.correlation = (inner / square.clamp_min(tiny)).clamp(-1, 1)
+    elif not coupled:  # a single sample, which says nothing of another
+        measurement.correlation = torch.zeros_like(response.change)
     return Found(u, pending, measurement, lost=lost)
+
+
+def _stride(batch: Batch) -> int | None:
+    """How many samples one of them may stand for in a measurement; None where all are needed.
+
+    Few terms find too great a curvature, and near zero loss that of the one or two with most of it.
+    """
+    size = batch.forwards[-1].batch_size
+    if size is None or len(batch.forwards) > 1:
+        return None
+    terms = sum(
+        int((batch.potential_of.weights(o.outputs, o.targets) != 0).sum())
+        for o in batch.observations
+        if o.outputs is not None
+    )
+    fitting = (s for s, least in STRIDES if terms >= s * least and size >= s * LEAST)
+    return next(fitting, None)
 
 
 def _top(
     batch: Batch,
     forward: Forward,
+    sample: Sample | None,
     blocks: Blocks,
     product: JacobianProduct,
     products: int,
@@ -341,20 +399,32 @@ def _top(
     """() ``hi(GGN_B)`` from below, by the power method from the gradient; whether it was lost.
 
     Where learning rates differ between groups, of the matrix in the metric in which the step is a
-    gradient step.
+    gradient step. Of a sample, with the quotient ``v^T GGN v / v^T v`` in place of the last
+    product's length, which is about as great without a backward pass.
     """
+    replay, mask, pull = forward.replay, None, None
+    if sample is not None:
+        replay, mask, pull = sample.replay, sample.mask, sample.pull
 
     def bend(moved: list[Tensor]) -> list[Tensor]:
-        _, changes = _changes(product, forward, forward.replay, blocks, moved)
-        return curvature_product(batch, forward, changes, blocks.by_name, total)
+        nonlocal pull
+        _, changes = _changes(product, forward, replay, blocks, moved)
+        if pull is None:  # one graph for all products
+            assert replay is not None
+            pull = replay.adjoint(blocks.by_name)
+        return curvature_product(batch, forward, changes, pull, total)
 
     roots = [ratio**0.5 for ratio in blocks.ratios]
     vector = [g * root for g, root in zip(blocks.gradients, roots, strict=True)]
     top = inner_products(vector, vector).sum().sqrt()
     lost = torch.zeros_like(top)
-    for _ in range(products):
+    for number in range(products):
         unit = [v / top.clamp_min(torch.finfo(top.dtype).tiny).to(v.dtype) for v in vector]
         moved = [v * root for v, root in zip(unit, roots, strict=True)]
+        if sample is not None and number == products - 1:
+            _, response = _respond(product, batch, forward, replay, blocks, moved, mask)
+            top = response.curvature
+            break
         own = memory.together(ranks, bend, moved)
         failed = torch.full_like(top, float(own is None))
         sent = [torch.zeros_like(v) for v in vector] if own is None else own

@@ -105,6 +105,7 @@ class StepRule(abc.ABC):
         name: as `ConjSGD` takes it.
         measures: whether it needs the loop to be watched.
         products: curvature products of a measurement along the gradient, for ``hi(GGN_B)``.
+        sampled: whether they may be of some samples of a large batch.
         asks: what each step is to tell it of its batch: "slope" ``<g, u>``, "length" ``||u||``, or
             nothing.
 
@@ -127,6 +128,7 @@ class StepRule(abc.ABC):
     name: ClassVar[str]
     measures: ClassVar[bool] = True
     products: int = 2
+    sampled: ClassVar[bool] = False
     asks: ClassVar[str] = ""
 
     def before_step(  # noqa: B027

@@ -24,6 +24,8 @@ from torch import nn
 
 from conjopt import ConjSGD
 
+BLOCK = 50  # steps of a turn, two of which measure; only every second looks for a curvature
+
 
 class Attention(nn.Module):
     """A small causal transformer over characters, classes at dimension 1 of its output."""
@@ -136,7 +138,7 @@ def compare(turns: int) -> list[dict[str, object]]:
         times = {name: [] for name in runs}
         for _ in range(turns):
             for name, run in runs.items():
-                times[name].append(run.steps(25))  # one measuring step among them
+                times[name].append(run.steps(BLOCK))
         unit, *_ = times
         size = sum(p.numel() * p.element_size() for p in model.parameters())
         for name, run in runs.items():
@@ -177,7 +179,7 @@ def overheads(turns: int) -> list[dict[str, object]]:
             times = {kind: [] for kind in runs}
             for turn in range(turns):
                 for kind in list(runs) if turn % 2 else list(runs)[::-1]:
-                    times[kind].append(runs[kind].steps(25))
+                    times[kind].append(runs[kind].steps(BLOCK))
             ratios = np.divide(times["edge"], times["constant"])
             low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
             rows.append(
@@ -195,7 +197,7 @@ def overheads(turns: int) -> list[dict[str, object]]:
 def main() -> None:
     """Compare, print a table, and write it as JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--turns", type=int, default=15, help="blocks of 25 steps (default 15)")
+    parser.add_argument("--turns", type=int, default=15, help="blocks of 50 steps (default 15)")
     parser.add_argument("--out", type=Path, help="a JSON file for the rows")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

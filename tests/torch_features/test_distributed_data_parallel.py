@@ -461,8 +461,8 @@ def test_how_often_ranks_wait_for_each_other(two):
     measuring = [7, numbers, 3, 6]  # the batch, the halves, their response, the trial
     assert found == [measuring, measuring, measuring, [7], [7]]
     found, _ = two(counted, {"direction": "sgd"})
-    # The batch, the response, two curvature products with a word of each rank, the halves.
-    measuring = [7, 3, numbers + 1, numbers + 1, numbers]
+    # The batch, the halves, the response, two curvature products with a word of each rank.
+    measuring = [7, numbers, 3, numbers + 1, numbers + 1]
     assert found == [measuring, measuring, measuring, [7], [7]]
     assert two(counted, RULES["spectral constant"])[0] == [[]] * 5
 

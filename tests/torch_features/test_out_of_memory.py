@@ -108,8 +108,8 @@ def test_probes_shrink_until_they_fit_and_it_is_said_once(rule):
     assert optimizer._statistics.measured == 1
     assert greedy.refused == 2
     refused = [size for size in greedy.asked if size > 2]
-    # The halves of a spectral step run by themselves at first, then all samples in two chunks.
-    assert refused == [4 if rule == "spectral" else 8, 4]
+    # A half runs by itself at first, then all samples in two chunks.
+    assert refused == [4, 4]
     before = len(greedy.asked)
     train(model, optimizer, 1, 2, size=SIZE)
     assert set(greedy.asked[before:]) == {2}
