@@ -1,6 +1,7 @@
 """Settings of all tests."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,14 @@ torch.set_num_threads(1)
 # No test fails for being slow; in continuous integration the examples are the same every time.
 settings.register_profile("conjopt", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("conjopt")
+
+
+@pytest.fixture(autouse=True)
+def nothing_written_down():
+    """Rules run anew in each test, which may have changed what they go by."""
+    yield
+    if (program := sys.modules.get("conjopt.measure.layers.program")) is not None:
+        program._KNOWN.clear()
 
 
 # A command of its own, whose requirements not everyone has.

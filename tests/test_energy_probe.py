@@ -104,11 +104,12 @@ def test_norms_are_those_of_the_function_and_gradients_the_same_to_the_bit(name,
     plain = [p.grad.clone() for p in model.parameters()]
     expected = norms_of(model, CRITERION, x, Y)
     probe = EnergyProbe(model, share=share)
-    model.zero_grad()
-    CRITERION(model(x), Y).backward()
-    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), plain))
-    assert_close(probe.norms, expected[:: round(1 / share)], rtol=1e-12, atol=0)
-    assert_close(probe.energy, probe.norms.square().mean())
+    for _ in range(4):  # the second is written down, and done again from then on
+        model.zero_grad()
+        CRITERION(model(x), Y).backward()
+        assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), plain))
+        assert_close(probe.norms, expected[:: round(1 / share)], rtol=1e-12, atol=0)
+        assert_close(probe.energy, probe.norms.square().mean())
     if share == 1:
         assert_close(probe.energy, gradient_energy(model, CRITERION, x, Y))
 

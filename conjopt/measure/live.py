@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from conjopt.measure.layers.layout import Samples
 from conjopt.measure.layers.pieces import SLAB, Dense, Piece, norms_and_sum, squared_norms, sum_of
-from conjopt.measure.layers.program import Recording
+from conjopt.measure.layers.program import Lists, again
 from conjopt.measure.layers.rules import by_shapes, pieces_of
 from conjopt.measure.layers.tape import constants_of, through
 from conjopt.measure.layers.uses import Recorder, Use
@@ -37,10 +37,6 @@ _CONVOLUTIONS = frozenset(
 # They keep what they were given for the backward, so that it cannot run twice unless told to.
 _KEEPING = _CONVOLUTIONS | {F.linear}
 LITTLE, MANY = 2**16, 64  # bytes of gradients whose norms can wait, and how many may
-# What was done for a kind of use, and how many of its results are squared norms, -1 if it cannot be
-# done again.
-_PROGRAMS: dict[Any, tuple[Callable[..., tuple[Tensor, ...]] | None, int]] = {}
-_MOST = 2**10
 
 
 class Live(Recorder):
@@ -175,67 +171,39 @@ class Live(Recorder):
         if not self._squares and not self._kept and not self._little:
             self._task = torch._C._current_graph_task_id()
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
-        parts: list[Tensor] = []
         with torch.no_grad():
-            if sums is None and all(map(self._alone, use.weights)):
-                squares, little = self._norms(use, cotangents)
+            if all(map(self._alone, use.weights)):
+                squares, little, found = self._norms(use, cotangents, sums is not None)
                 self._squares += squares
                 self._little += little
                 if len(self._little) >= MANY:
                     self._count_little()
+                if sums is not None and len(found) == len(use.weights):
+                    sums |= dict(zip(map(id, use.weights), found, strict=True))
                 return
+            parts: list[Tensor] = []
             for rows in self._ranges(use):
                 part, mine = use.take(rows, cotangents)
-                total_squares: Tensor | None = None
                 for weight, piece in pieces_of(part, _leading(mine)):
                     if not self._alone(weight):
                         self._keep(weight, piece)
-                        own, total = None, None if sums is None else sum_of(piece)
-                    elif sums is None:
-                        own, total = squared_norms([piece]), None
                     else:
-                        own, total = norms_and_sum(piece)
-                    if own is not None:
-                        total_squares = own if total_squares is None else total_squares + own
-                    if sums is not None and total is not None:
-                        total = total.reshape(weight.shape)
+                        parts.append(squared_norms([piece]))
+                    if sums is not None:
+                        total = sum_of(piece).reshape(weight.shape)
                         before = sums.get(id(weight))
                         sums[id(weight)] = total if before is None else before + total
-                if total_squares is not None:
-                    parts.append(total_squares)
-            if parts:
-                self._squares.append(parts[0] if len(parts) == 1 else torch.cat(parts))
+            self._squares += parts
 
-    def _norms(
-        self, use: Use, cotangents: Sequence[Tensor | None]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return squared norms, and small gradients whose norms are taken later in one call.
-
-        The second time that a kind of use is met what is done is written down, and done again from
-        then on.
-        """
-        key = self._key(use, cotangents)
-        if key is None or key not in _PROGRAMS:
-            if len(_PROGRAMS) >= _MOST:
-                _PROGRAMS.clear()
-            if key is not None:
-                _PROGRAMS[key] = None, 0
-            return self._norms_by_rules(use, cotangents)
+    def _norms(self, use: Use, cotangents: Sequence[Tensor | None], summing: bool) -> Lists:
+        """Return what `_norms_by_rules` does, for a known kind of use without the rules."""
+        plain = partial(self._norms_by_rules, use, cotangents, summing)
         inputs = [t for t, _ in use.versions]
         inputs += [t for t in (*(use.statistics or ()), *cotangents) if t is not None]
-        program, number = _PROGRAMS[key]
-        if program is None:
-            if number < 0:
-                return self._norms_by_rules(use, cotangents)
-            with Recording(inputs) as recording:
-                squares, little = self._norms_by_rules(use, cotangents)
-            program = recording.program([*squares, *little])
-            _PROGRAMS[key] = program, -1 if program is None else len(squares)
-            return squares, little
-        found = list(program(*inputs))
-        return found[:number], found[number:]
+        key = self._key(use, cotangents, summing)
+        return plain() if key is None else again(key, inputs, plain)
 
-    def _key(self, use: Use, cotangents: Sequence[Tensor | None]) -> Any:
+    def _key(self, use: Use, cotangents: Sequence[Tensor | None], summing: bool) -> Any:
         """Return all that decides what is done for a use; `None` if that cannot be told."""
         if use.kind is None or not by_shapes(use):
             return None
@@ -243,7 +211,7 @@ class Live(Recorder):
         if len(inputs) < len(use.versions):  # one was written to, which the rules refuse
             return None
         inputs += use.statistics or ()
-        key: list[Any] = [use.kind, self._stride, torch._C._is_any_autocast_enabled()]
+        key: list[Any] = [use.kind, self._stride, summing, torch._C._is_any_autocast_enabled()]
         for tensor in (*inputs, *cotangents):
             if tensor is None:
                 key.append(None)
@@ -254,23 +222,35 @@ class Live(Recorder):
         return tuple(key)
 
     def _norms_by_rules(
-        self, use: Use, cotangents: Sequence[Tensor | None]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+        self, use: Use, cotangents: Sequence[Tensor | None], summing: bool
+    ) -> Lists:
+        """Return squared norms, small gradients whose norms are taken later, and sums.
+
+        The sums over samples are those of each weight, where they are asked for.
+        """
         parts: list[Tensor] = []
         little: list[Tensor] = []
+        sums: dict[int, Tensor] = {}
         ranges = self._ranges(use)
         for rows in ranges:
             part, mine = use.take(rows, cotangents)
             squares: Tensor | None = None
-            for _, piece in pieces_of(part, _leading(mine)):
-                if len(ranges) == 1 and isinstance(piece, Dense) and _is_little(piece, mine):
+            for weight, piece in pieces_of(part, _leading(mine)):
+                if summing:
+                    own, total = norms_and_sum(piece)
+                    total = total.reshape(weight.shape)
+                    before = sums.get(id(weight))
+                    sums[id(weight)] = total if before is None else before + total
+                elif len(ranges) == 1 and isinstance(piece, Dense) and _is_little(piece, mine):
                     little.append(piece.gradients[0].flatten(1))
                     continue
-                own = squared_norms([piece])
+                else:
+                    own = squared_norms([piece])
                 squares = own if squares is None else squares + own
             if squares is not None:
                 parts.append(squares)
-        return parts if len(parts) < 2 else [torch.cat(parts)], little
+        found = [sums[id(weight)] for weight in use.weights if id(weight) in sums]
+        return parts if len(parts) < 2 else [torch.cat(parts)], little, found
 
     def _count_little(self) -> None:
         by_kind: dict[torch.dtype, list[Tensor]] = {}

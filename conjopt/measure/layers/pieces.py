@@ -186,11 +186,8 @@ def squared_norms(pieces: Sequence[Piece]) -> Tensor:
         return (norms[0] * norms[1]).square().sum(1)
     if t * (q + p) <= 1.2 * q * p:  # about where it pays on a CPU
         return ((left @ left.mT) * (right @ right.mT)).sum((1, 2, 3))
-    total: Tensor | int = 0
-    for slab in slabs(merged):
-        total = total + torch.linalg.vector_norm(slab[0].flatten(1), dim=1).square()
-    assert isinstance(total, Tensor)
-    return total
+    norms = [torch.linalg.vector_norm(slab[0].flatten(1), dim=1) for slab in slabs(merged)]
+    return norms[0].square() if len(norms) == 1 else torch.stack(norms).square().sum(0)
 
 
 def sum_of(piece: Piece) -> Tensor:
