@@ -215,10 +215,10 @@ class Live(Recorder):
         for tensor in (*inputs, *cotangents):
             if tensor is None:
                 key.append(None)
-            elif type(tensor) is Tensor or type(tensor) is nn.Parameter:
-                key.append((tensor.dtype, tensor.device, tensor.stride()))
-            else:
+            elif type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
                 return None
+            else:
+                key.append((tensor.dtype, tensor.device, tensor.stride()))
         return tuple(key)
 
     def _norms_by_rules(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ Lists = tuple[list[Tensor], ...]
 
 # A program and the lengths of the lists that it returns together; of no lists if there can be none.
 _KNOWN: dict[Hashable, tuple[Callable[..., tuple[Tensor, ...]] | None, list[int]]] = {}
-_MOST = 2**10
+_MOST = 2**12
 _REFUSED = {
     torch.Tag.data_dependent_output,
     torch.Tag.dynamic_output_shape,
@@ -55,7 +56,7 @@ def again(key: Hashable, inputs: Sequence[Tensor], function: Callable[[], Lists]
     """
     if key not in _KNOWN:
         if len(_KNOWN) >= _MOST:
-            _KNOWN.clear()
+            del _KNOWN[next(iter(_KNOWN))]  # the oldest
         _KNOWN[key] = None, [0]
         return function()
     program, sizes = _KNOWN[key]
@@ -130,7 +131,10 @@ class Recording(TorchDispatchMode):
             outputs: What it is to return.
         """
         self._graph.output(tuple(self._node(tensor) for tensor in outputs))
-        return GraphModule({}, self._graph).forward if self._works else None
+        if not self._works:
+            return None
+        # It has no parameters or modules, and the function alone does not hold the graph.
+        return partial(type(GraphModule({}, self._graph)).forward, None)
 
     def _root(self, tensor: Tensor, node: Node) -> None:
         self._roots.setdefault(tensor.untyped_storage()._cdata, (tensor, node))
