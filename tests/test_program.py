@@ -263,3 +263,21 @@ def test_narrower_arithmetic_is_another_kind():
     for _ in range(3):
         probed(model, x)
         assert_close(probe.norms, norms_of(model, CRITERION, x, Y))
+
+
+def test_an_end_of_a_slice_may_be_a_tensor():
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, end: Tensor) -> Tensor:
+            return self.layer(F.pad(x[:, :end], (0, 4 - int(end))))
+
+    torch.manual_seed(0)
+    model = Cut().double()
+    probe = EnergyProbe(model)
+    for end in (4, 4, 4, 2, 2, 3):
+        x, last = torch.randn(6, 5).double(), torch.tensor(end)
+        CRITERION(model(x, last), Y).backward()
+        assert_close(probe.norms, norms_of(model, CRITERION, (x, last), Y), rtol=1e-10, atol=0)

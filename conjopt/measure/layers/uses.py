@@ -250,11 +250,11 @@ class Recorder(TorchFunctionMode):
     ) -> tuple[list[Samples | None], dict[int, Samples | None], bool, int | None]:
         """Follow the samples as in an earlier call of this kind, or anew."""
         order = {i: number for number, i in enumerate(given)}
-        given_as = tuple([self._kind(value, order, where) for value in args])
-        named = self._kind(kwargs, order, where) if kwargs else None
         shapes = tuple([t.shape for t in results])
-        key = (function, self.samples, given_as, named, shapes)
         try:
+            given_as = tuple([self._kind(value, order, where) for value in args])
+            named = self._kind(kwargs, order, where) if kwargs else None
+            key = (function, self.samples, given_as, named, shapes)
             known = _FOLLOWED.get(key)
         except TypeError:  # an argument that cannot be told from another
             return *self._follow(function, args, kwargs, given, where, results), None
@@ -272,6 +272,8 @@ class Recorder(TorchFunctionMode):
             return type(value), value
         if isinstance(value, Tensor):
             i = id(value)
+            if i not in order:  # an end of a slice, which decides by its value
+                raise TypeError
             repeats = self._repeated[i][1] if i in self._repeated else None
             known = (where[i], i in self._weights, repeats, value.requires_grad)
             return order[i], value.shape, value.dtype, known
