@@ -376,12 +376,21 @@ def _stride(batch: Batch) -> int | None:
     size = batch.forwards[-1].batch_size
     if size is None or len(batch.forwards) > 1:
         return None
-    terms = sum(
-        int((batch.potential_of.weights(o.outputs, o.targets) != 0).sum())
+    weights = [
+        batch.potential_of.weights(o.outputs, o.targets) != 0
         for o in batch.observations
         if o.outputs is not None
+    ]
+    terms = sum(int(w.sum()) for w in weights)
+    # Where each sample has its rows; those that are measured may be the ones that do not count.
+    by_sample = [w.reshape(size, -1).sum(1) for w in weights if w.numel() % size == 0]
+    fitting = (
+        s
+        for s, least in STRIDES
+        if terms >= s * least
+        and size >= s * LEAST
+        and (len(by_sample) < len(weights) or sum(int(w[::s].sum()) for w in by_sample) >= least)
     )
-    fitting = (s for s, least in STRIDES if terms >= s * least and size >= s * LEAST)
     return next(fitting, None)
 
 
