@@ -1,6 +1,8 @@
 """What is written down and done again: the same, or not written down at all."""
 
+import functools
 import gc
+import linecache
 import weakref
 
 import pytest
@@ -281,3 +283,32 @@ def test_an_end_of_a_slice_may_be_a_tensor():
         x, last = torch.randn(6, 5).double(), torch.tensor(end)
         CRITERION(model(x, last), Y).backward()
         assert_close(probe.norms, norms_of(model, CRITERION, (x, last), Y), rtol=1e-10, atol=0)
+
+
+def test_a_rule_of_someone_else_may_wrap_one():
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3), torch.randn(6, 4)
+    probe, before = EnergyProbe(model), rules._RULES[F.linear]
+    for _ in range(3):
+        CRITERION(model(x), Y).backward()
+    once = probe.norms
+
+    @register_rule(F.linear)
+    @functools.wraps(before)
+    def doubled(use, cotangents):
+        return before(use, [2 * cotangent for cotangent in cotangents])
+
+    try:
+        CRITERION(model(x), Y).backward()
+        assert_close(probe.norms, 2 * once)
+    finally:
+        rules._RULES[F.linear] = before
+
+
+def test_torch_keeps_nothing_of_programs():
+    names = set(linecache.cache)
+    for number in range(5):
+        with Recording([x := torch.ones(2)]) as recording:
+            y = x + number
+        assert recording.program([y])(x)[0].equal(x + number)
+    assert names == set(linecache.cache)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -133,8 +133,11 @@ class Recording(TorchDispatchMode):
         self._graph.output(tuple(self._node(tensor) for tensor in outputs))
         if not self._works:
             return None
-        # It has no parameters or modules, and the function alone does not hold the graph.
-        return partial(type(GraphModule({}, self._graph)).forward, None)
+        # Not by a GraphModule: torch keeps the source of each for good.
+        code = self._graph.python_code("self")
+        names = dict(code.globals)
+        exec(compile(code.src, "<program>", "exec"), names)  # noqa: S102 (of torch's own making)
+        return partial(names["forward"], None)
 
     def _root(self, tensor: Tensor, node: Node) -> None:
         self._roots.setdefault(tensor.untyped_storage()._cdata, (tensor, node))

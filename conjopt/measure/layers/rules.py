@@ -102,7 +102,9 @@ def by_shapes(use: Use) -> bool:
     Rules of others may depend on anything; several calls are made of those that have none.
     """
     rule = _RULES.get(use.function)
-    own = rule is not None and rule.__module__.startswith(__name__.rpartition(".")[0])
+    # Not its own `__module__`, which `functools.wraps` copies.
+    module = getattr(rule, "__globals__", {}).get("__name__", "")
+    own = module.startswith(__name__.rpartition(".")[0])
     return own and not use.whole and use.function not in LAYOUTS
 
 
