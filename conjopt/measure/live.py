@@ -90,9 +90,9 @@ class Live(Recorder):
         x = args[0] if args else kwargs["input"]
         known = {id(weight) for weight in weights}
         few = function is F.linear and x.ndim < 3
-        # Another probe, which is to see the weights, too.
-        watched = any(isinstance(m, Recorder) for m in _get_current_function_mode_stack())
-        if few or watched or id(x) in known or self.where(x) is None or known & self._repeated.keys():
+        # By another probe, which is to see the weights, too.
+        few = few or any(isinstance(m, Recorder) for m in _get_current_function_mode_stack())
+        if few or id(x) in known or self.where(x) is None or known & self._repeated.keys():
             return function(*args, **kwargs)
         bare = [a.detach() if id(a) in known else a for a in args]
         named = {name: a.detach() if id(a) in known else a for name, a in kwargs.items()}

@@ -136,7 +136,7 @@ class Recording(TorchDispatchMode):
         # Not by a GraphModule: torch keeps the source of each for good.
         code = self._graph.python_code("self")
         names = dict(code.globals)
-        exec(compile(code.src, "<program>", "exec"), names)  # noqa: S102 (of torch's own making)
+        exec(compile(code.src, "<program>", "exec"), names)
         return partial(names["forward"], None)
 
     def _root(self, tensor: Tensor, node: Node) -> None:
