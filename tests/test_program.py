@@ -312,3 +312,36 @@ def test_torch_keeps_nothing_of_programs():
             y = x + number
         assert recording.program([y])(x)[0].equal(x + number)
     assert names == set(linecache.cache)
+
+
+def test_an_object_that_is_given_may_change_and_is_not_held():
+    class Options:
+        turned = False
+
+    def scaled(x, weight, options):
+        if torch.overrides.has_torch_function((x, weight)):
+            return torch.overrides.handle_torch_function(scaled, (x, weight), x, weight, options)
+        return (x * weight).T if options.turned else x * weight
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.layer = nn.Parameter(torch.ones(6)), nn.Linear(6, 3)
+            self.options = Options()
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = scaled(x, self.weight, self.options)
+            return self.layer(h.T if self.options.turned else h)
+
+    torch.manual_seed(0)
+    model, x = Scaled(), torch.randn(6, 6)
+    probe, found = EnergyProbe(model), []
+    for turned in (False, False, True, True):
+        model.options.turned = turned
+        CRITERION(model(x), Y).backward()
+        found.append(probe.norms)
+        assert_close(found[-1], found[0])
+    reference = weakref.ref(model.options)
+    del model, probe
+    gc.collect()
+    assert reference() is None

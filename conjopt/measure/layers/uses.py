@@ -9,7 +9,9 @@ the gradient of its result into per-sample gradients (`conjopt.measure.layers.ru
 
 from __future__ import annotations
 
+import enum
 import itertools
+import numbers
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -286,6 +288,8 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, slice):
             parts = (value.start, value.stop, value.step)
             return slice, self._kind(parts, order, where)
+        if not isinstance(value, _CONSTANT):  # may change, and is not to be held
+            raise TypeError
         return type(value), value
 
     def _follow(
@@ -419,6 +423,7 @@ _WRITES: dict[Any, bool] = {}
 _FOLLOWED: dict[Any, tuple[list[Samples | None], list[Samples | None], bool, int]] = {}
 _KINDS = itertools.count()
 _SIMPLE = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
+_CONSTANT = (numbers.Number, bytes, enum.Enum, type, type(...), torch.layout, torch.memory_format)
 _WITHOUT_SAMPLES = frozenset((None, RANGE))
 _REPEATS = ("expand", "expand_as", "broadcast_to", "repeat", "tile")
 
