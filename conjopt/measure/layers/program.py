@@ -54,12 +54,13 @@ def again(key: Hashable, inputs: Sequence[Tensor], function: Callable[[], Lists]
         ([tensor(2.)],)
         ([tensor(4.)],)
     """
-    if key not in _KNOWN:
+    known = _KNOWN.get(key)  # once: other threads may drop it
+    if known is None:
         if len(_KNOWN) >= _MOST:
-            del _KNOWN[next(iter(_KNOWN))]  # the oldest
+            _KNOWN.pop(next(iter(_KNOWN), None), None)  # the oldest
         _KNOWN[key] = None, [0]
         return function()
-    program, sizes = _KNOWN[key]
+    program, sizes = known
     if program is not None:
         found = iter(program(*inputs))
         return tuple([list(itertools.islice(found, size)) for size in sizes])
