@@ -521,3 +521,19 @@ def test_renormalised_embeddings_are_those_of_the_loop():
         assert torch.equal(mine, other)
         assert torch.equal(mine.grad, other.grad)
     assert_close(probe.norms, norms_of(twin, CRITERION, tokens, Y), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("channels", [4, 8])
+def test_a_backward_outside_of_the_autocast_of_its_forward(channels, fused):
+    torch.manual_seed(0)
+    layers = [nn.Conv1d(channels, 16, 3), nn.Conv1d(16, 4, 1), nn.ConvTranspose1d(4, 4, 3)]
+    model = nn.Sequential(*layers, nn.Linear(12, 12), nn.Flatten(), nn.Linear(48, 3))
+    x = torch.randn(6, channels, 12)
+    expected = norms_of(model, CRITERION, x, Y)
+    probe = EnergyProbe(model, fused=fused)
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = CRITERION(model(x), Y)
+        loss.backward()
+        assert_close(probe.norms.float(), expected, rtol=3e-2, atol=0)

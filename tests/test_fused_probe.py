@@ -245,3 +245,14 @@ def test_norms_and_sums_of_factors_are_those_of_the_gradients(places, monkeypatc
         norms, total = pieces.norms_and_sum(piece)
         assert_close(norms, full.square().sum((1, 2, 3)), rtol=1e-12, atol=0)
         assert_close(total, full.sum(0), rtol=1e-12, atol=1e-14)
+
+
+def test_another_probe_sees_the_same_weights():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3))
+    probes = [EnergyProbe(model, fused=fused) for fused in (True, False, True)]
+    for _ in range(4):
+        x = torch.randn(6, 2, 5)
+        CRITERION(model(x), Y).backward()
+        for probe in probes:
+            assert_close(probe.norms, norms_of(model, CRITERION, x, Y))

@@ -1,6 +1,8 @@
 """What is written down and done again: the same, or not written down at all."""
 
+import functools
 import gc
+import linecache
 import weakref
 
 import pytest
@@ -263,3 +265,83 @@ def test_narrower_arithmetic_is_another_kind():
     for _ in range(3):
         probed(model, x)
         assert_close(probe.norms, norms_of(model, CRITERION, x, Y))
+
+
+def test_an_end_of_a_slice_may_be_a_tensor():
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, end: Tensor) -> Tensor:
+            return self.layer(F.pad(x[:, :end], (0, 4 - int(end))))
+
+    torch.manual_seed(0)
+    model = Cut().double()
+    probe = EnergyProbe(model)
+    for end in (4, 4, 4, 2, 2, 3):
+        x, last = torch.randn(6, 5).double(), torch.tensor(end)
+        CRITERION(model(x, last), Y).backward()
+        assert_close(probe.norms, norms_of(model, CRITERION, (x, last), Y), rtol=1e-10, atol=0)
+
+
+def test_a_rule_of_someone_else_may_wrap_one():
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3), torch.randn(6, 4)
+    probe, before = EnergyProbe(model), rules._RULES[F.linear]
+    for _ in range(3):
+        CRITERION(model(x), Y).backward()
+    once = probe.norms
+
+    @register_rule(F.linear)
+    @functools.wraps(before)
+    def doubled(use, cotangents):
+        return before(use, [2 * cotangent for cotangent in cotangents])
+
+    try:
+        CRITERION(model(x), Y).backward()
+        assert_close(probe.norms, 2 * once)
+    finally:
+        rules._RULES[F.linear] = before
+
+
+def test_torch_keeps_nothing_of_programs():
+    names = set(linecache.cache)
+    for number in range(5):
+        with Recording([x := torch.ones(2)]) as recording:
+            y = x + number
+        assert recording.program([y])(x)[0].equal(x + number)
+    assert names == set(linecache.cache)
+
+
+def test_an_object_that_is_given_may_change_and_is_not_held():
+    class Options:
+        turned = False
+
+    def scaled(x, weight, options):
+        if torch.overrides.has_torch_function((x, weight)):
+            return torch.overrides.handle_torch_function(scaled, (x, weight), x, weight, options)
+        return (x * weight).T if options.turned else x * weight
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.layer = nn.Parameter(torch.ones(6)), nn.Linear(6, 3)
+            self.options = Options()
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = scaled(x, self.weight, self.options)
+            return self.layer(h.T if self.options.turned else h)
+
+    torch.manual_seed(0)
+    model, x = Scaled(), torch.randn(6, 6)
+    probe, found = EnergyProbe(model), []
+    for turned in (False, False, True, True):
+        model.options.turned = turned
+        CRITERION(model(x), Y).backward()
+        found.append(probe.norms)
+        assert_close(found[-1], found[0])
+    reference = weakref.ref(model.options)
+    del model, probe
+    gc.collect()
+    assert reference() is None

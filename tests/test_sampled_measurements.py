@@ -127,6 +127,28 @@ def test_terms_that_do_not_count_are_no_terms():
     assert step(optimizer, model, x, y).top_curvature == pytest.approx(float(top.norm()), rel=1e-9)
 
 
+@pytest.mark.parametrize("samples", [128, 1024])
+def test_samples_without_terms_do_not_stand_for_others(samples):
+    model, x, y = problem(samples)
+    y[::2] = -100  # unlabelled ones between labelled ones
+    optimizer = make(model, nn.CrossEntropyLoss(ignore_index=-100), direction="sgd")
+    top = gradient(model, x[1::2], y[1::2])
+    for _ in range(2):
+        top = dense(model, x[1::2]) @ (top / top.norm())
+    assert step(optimizer, model, x, y).top_curvature == pytest.approx(float(top.norm()), rel=1e-9)
+
+
+def test_nor_do_samples_that_the_criterion_is_not_given():
+    model, x, y = problem(128)
+    optimizer = make(model, direction="sgd")
+    top = gradient(model, x[1::2], y[1::2])
+    for _ in range(2):
+        top = dense(model, x[1::2]) @ (top / top.norm())
+    optimizer._watch.criterion(model(x)[1::2], y[1::2]).backward()
+    optimizer.step()
+    assert optimizer.status().top_curvature == pytest.approx(float(top.norm()), rel=1e-9)
+
+
 def test_the_theorem_goes_by_the_batch_itself():
     model, x, y = problem(64)
     vector = gradient(model, x, y)

@@ -26,6 +26,7 @@ __all__ = [
     "inner_products",
     "of_parts",
     "respond",
+    "rows_of",
     "split",
 ]
 
@@ -342,17 +343,29 @@ def _share(batch: Batch, o: Observation, mask: Tensor) -> Tensor:
     """() the weight in the criterion's mean of the rows that some samples made."""
     assert o.outputs is not None
     weights = batch.potential_of.weights(o.outputs, o.targets)
+    return (weights * rows_of(batch, o, mask, weights.numel())).sum()
+
+
+def rows_of(batch: Batch, o: Observation, mask: Tensor, number: int) -> Tensor:
+    """Which of an observation's rows some samples made.
+
+    Args:
+        batch: observed while the watch was armed.
+        o: one of its observations.
+        mask: (m,) the samples.
+        number: of the rows; a multiple of m where the outputs are the model's own.
+
+    Returns:
+        (number,) booleans.
+    """
     if o.place is not None:
-        rows = mask.repeat_interleave(weights.numel() // mask.numel())
-    else:
-        # Which rows were made from these samples: those that a change of them reaches.
-        assert o.pull is not None
-        probe = {
-            place: _probe(product) * _along_rows(mask, product)
-            for place, product in o.pull[1].items()
-        }
-        rows = (batch.potential_of.rows(o.push(probe)) != 0).any(-1)
-    return (weights * rows).sum()
+        return mask.repeat_interleave(number // mask.numel())
+    # Which rows were made from these samples: those that a change of them reaches.
+    assert o.pull is not None
+    probe = {
+        place: _probe(product) * _along_rows(mask, product) for place, product in o.pull[1].items()
+    }
+    return (batch.potential_of.rows(o.push(probe)) != 0).any(-1)
 
 
 def _probe(like: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from conjopt.measure.parts import (
     curvature_product,
     inner_products,
     respond,
+    rows_of,
     split,
 )
 from conjopt.measure.process_group import Joined, Ranks
@@ -376,13 +377,22 @@ def _stride(batch: Batch) -> int | None:
     size = batch.forwards[-1].batch_size
     if size is None or len(batch.forwards) > 1:
         return None
-    terms = sum(
-        int((batch.potential_of.weights(o.outputs, o.targets) != 0).sum())
+    counted = [
+        (o, batch.potential_of.weights(o.outputs, o.targets) != 0)
         for o in batch.observations
         if o.outputs is not None
-    )
-    fitting = (s for s, least in STRIDES if terms >= s * least and size >= s * LEAST)
-    return next(fitting, None)
+    ]
+    if any(o.place is not None and w.numel() % size for o, w in counted):
+        return None
+    terms = sum(int(w.sum()) for _, w in counted)
+    for stride, least in STRIDES:
+        if terms >= stride * least and size >= stride * LEAST:
+            # The samples that are measured may be those that do not count.
+            mask = torch.arange(size, device=batch.weight.device) % stride == 0
+            own = [w & rows_of(batch, o, mask, w.numel()) for o, w in counted]
+            if sum(int(w.sum()) for w in own) >= least:
+                return stride
+    return None
 
 
 def _top(

@@ -65,6 +65,7 @@ def _convolve(
         found.append(flat(bias, over_places(b)))
     if use.is_weight(weight):
         *rest, groups = options
+        x = x.to(b.dtype)  # as autocast does
         pointwise = math.prod(weight.shape[2:]) == 1 and weight.ndim < 5  # a linear layer
         if groups == 1 and not options[3] and (pointwise or _few_places(b, weight)):
             unfolded = _unfold(x, weight, *options[:3])
@@ -77,7 +78,7 @@ def _convolve(
             return [*found, flat(weight, product)]
         if len(b) == 1 and not options[3] and _narrow(b, weight, groups):
             return [*found, flat(weight, _by_rows(x, b[0], weight, options)[None])]
-        wide = weight.new_empty(1).expand(m * weight.shape[0], *weight.shape[1:])
+        wide = b.new_empty(1).expand(m * weight.shape[0], *weight.shape[1:])
         inputs = x.reshape(1, -1, *x.shape[2:])
         gradients = [
             torch.ops.aten.convolution_backward(

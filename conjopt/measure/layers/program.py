@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -54,12 +54,13 @@ def again(key: Hashable, inputs: Sequence[Tensor], function: Callable[[], Lists]
         ([tensor(2.)],)
         ([tensor(4.)],)
     """
-    if key not in _KNOWN:
+    known = _KNOWN.get(key)  # once: other threads may drop it
+    if known is None:
         if len(_KNOWN) >= _MOST:
-            del _KNOWN[next(iter(_KNOWN))]  # the oldest
+            _KNOWN.pop(next(iter(_KNOWN), None), None)  # the oldest
         _KNOWN[key] = None, [0]
         return function()
-    program, sizes = _KNOWN[key]
+    program, sizes = known
     if program is not None:
         found = iter(program(*inputs))
         return tuple([list(itertools.islice(found, size)) for size in sizes])
@@ -133,8 +134,11 @@ class Recording(TorchDispatchMode):
         self._graph.output(tuple(self._node(tensor) for tensor in outputs))
         if not self._works:
             return None
-        # It has no parameters or modules, and the function alone does not hold the graph.
-        return partial(type(GraphModule({}, self._graph)).forward, None)
+        # Not by a GraphModule: torch keeps the source of each for good.
+        code = self._graph.python_code("self")
+        names = dict(code.globals)
+        exec(compile(code.src, "<program>", "exec"), names)
+        return partial(names["forward"], None)
 
     def _root(self, tensor: Tensor, node: Node) -> None:
         self._roots.setdefault(tensor.untyped_storage()._cdata, (tensor, node))

@@ -102,7 +102,9 @@ def by_shapes(use: Use) -> bool:
     Rules of others may depend on anything; several calls are made of those that have none.
     """
     rule = _RULES.get(use.function)
-    own = rule is not None and rule.__module__.startswith(__name__.rpartition(".")[0])
+    # Not its own `__module__`, which `functools.wraps` copies.
+    module = getattr(rule, "__globals__", {}).get("__name__", "")
+    own = module.startswith(__name__.rpartition(".")[0])
     return own and not use.whole and use.function not in LAYOUTS
 
 
@@ -137,6 +139,7 @@ def _linear(use: Use, cotangents: Cotangents) -> Found | None:
         return None
     found: Found = []
     if use.is_weight(weight):
+        right = right.to(left.dtype)  # as autocast does
         found.append((weight, Outer(left.unsqueeze(2), right[None, :, None])))
     if bias is not None and use.is_weight(bias):
         found.append(flat(bias, left.sum(2) if left.shape[2] > 1 else left))
@@ -155,6 +158,7 @@ def _matmul(use: Use, cotangents: Cotangents) -> Found | None:
     left, right = places(use, x, at), places(use, b, at, 1)
     if left is None or right is None:
         return None
+    left = left.to(right.dtype)  # as autocast does
     return [(weight, Outer(left[None, :, None], right.unsqueeze(2)))]
 
 

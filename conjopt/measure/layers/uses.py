@@ -9,7 +9,9 @@ the gradient of its result into per-sample gradients (`conjopt.measure.layers.ru
 
 from __future__ import annotations
 
+import enum
 import itertools
+import numbers
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -250,11 +252,11 @@ class Recorder(TorchFunctionMode):
     ) -> tuple[list[Samples | None], dict[int, Samples | None], bool, int | None]:
         """Follow the samples as in an earlier call of this kind, or anew."""
         order = {i: number for number, i in enumerate(given)}
-        given_as = tuple([self._kind(value, order, where) for value in args])
-        named = self._kind(kwargs, order, where) if kwargs else None
         shapes = tuple([t.shape for t in results])
-        key = (function, self.samples, given_as, named, shapes)
         try:
+            given_as = tuple([self._kind(value, order, where) for value in args])
+            named = self._kind(kwargs, order, where) if kwargs else None
+            key = (function, self.samples, given_as, named, shapes)
             known = _FOLLOWED.get(key)
         except TypeError:  # an argument that cannot be told from another
             return *self._follow(function, args, kwargs, given, where, results), None
@@ -272,6 +274,8 @@ class Recorder(TorchFunctionMode):
             return type(value), value
         if isinstance(value, Tensor):
             i = id(value)
+            if i not in order:  # an end of a slice, which decides by its value
+                raise TypeError
             repeats = self._repeated[i][1] if i in self._repeated else None
             known = (where[i], i in self._weights, repeats, value.requires_grad)
             return order[i], value.shape, value.dtype, known
@@ -284,6 +288,8 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, slice):
             parts = (value.start, value.stop, value.step)
             return slice, self._kind(parts, order, where)
+        if not isinstance(value, _CONSTANT):  # may change, and is not to be held
+            raise TypeError
         return type(value), value
 
     def _follow(
@@ -417,6 +423,7 @@ _WRITES: dict[Any, bool] = {}
 _FOLLOWED: dict[Any, tuple[list[Samples | None], list[Samples | None], bool, int]] = {}
 _KINDS = itertools.count()
 _SIMPLE = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
+_CONSTANT = (numbers.Number, bytes, enum.Enum, type, type(...), torch.layout, torch.memory_format)
 _WITHOUT_SAMPLES = frozenset((None, RANGE))
 _REPEATS = ("expand", "expand_as", "broadcast_to", "repeat", "tile")
 
