@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from conjopt.measure.layers.pieces import Outer, through_places
-from conjopt.measure.layers.rules import Cotangents, Found, flat, over_places, register_rule
+from conjopt.measure.layers.rules import (
+    Cotangents,
+    Found,
+    flat,
+    over_places,
+    register_rule,
+    same_type,
+)
 from conjopt.measure.layers.uses import Use
 
 
@@ -65,7 +72,7 @@ def _convolve(
         found.append(flat(bias, over_places(b)))
     if use.is_weight(weight):
         *rest, groups = options
-        x = x.to(b.dtype)  # as autocast does
+        b, x = same_type(b, x)
         pointwise = math.prod(weight.shape[2:]) == 1 and weight.ndim < 5  # a linear layer
         if groups == 1 and not options[3] and (pointwise or _few_places(b, weight)):
             unfolded = _unfold(x, weight, *options[:3])

@@ -122,6 +122,12 @@ def flat(weight: Tensor, gradients: Tensor) -> tuple[Tensor, Piece]:
     return weight, Dense(gradients.reshape(*gradients.shape[:2], 1, 1, -1))
 
 
+def same_type(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both in the wider type; under autocast they may differ."""
+    wide = torch.promote_types(left.dtype, right.dtype)
+    return left.to(wide), right.to(wide)
+
+
 def over_places(b: Tensor) -> Tensor:
     """Sum `(k, m, channels, *places)` over the places."""
     return b.sum(tuple(range(3, b.ndim))) if b.ndim > 3 else b
@@ -139,8 +145,8 @@ def _linear(use: Use, cotangents: Cotangents) -> Found | None:
         return None
     found: Found = []
     if use.is_weight(weight):
-        right = right.to(left.dtype)  # as autocast does
-        found.append((weight, Outer(left.unsqueeze(2), right[None, :, None])))
+        wide, right = same_type(left, right)
+        found.append((weight, Outer(wide.unsqueeze(2), right[None, :, None])))
     if bias is not None and use.is_weight(bias):
         found.append(flat(bias, left.sum(2) if left.shape[2] > 1 else left))
     return found
@@ -158,7 +164,7 @@ def _matmul(use: Use, cotangents: Cotangents) -> Found | None:
     left, right = places(use, x, at), places(use, b, at, 1)
     if left is None or right is None:
         return None
-    left = left.to(right.dtype)  # as autocast does
+    left, right = same_type(left, right)
     return [(weight, Outer(left[None, :, None], right.unsqueeze(2)))]
 
 
