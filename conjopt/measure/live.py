@@ -17,7 +17,15 @@ from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from conjopt.measure.layers.layout import Samples
-from conjopt.measure.layers.pieces import SLAB, Dense, Piece, norms_and_sum, squared_norms, sum_of
+from conjopt.measure.layers.pieces import (
+    SLAB,
+    Dense,
+    Piece,
+    lengths,
+    norms_and_sum,
+    squared_norms,
+    sum_of,
+)
 from conjopt.measure.layers.program import Lists, again
 from conjopt.measure.layers.rules import by_shapes, pieces_of
 from conjopt.measure.layers.tape import constants_of, through
@@ -261,7 +269,7 @@ class Live(Recorder):
             by_kind.setdefault(gradients.dtype, []).append(gradients)
         self._little = []
         for same in by_kind.values():
-            self._squares.append(torch.linalg.vector_norm(torch.cat(same, 1), dim=1).square())
+            self._squares.append(lengths(torch.cat(same, 1), 1).square())
 
     def _ranges(self, use: Use) -> list[slice]:
         """Return ranges of the samples to measure at a time, to hold few gradients at once."""

@@ -75,10 +75,15 @@ def outputs(draw: st.DrawFn, *, k: int | None = None, largest: float = 300.0) ->
     if not min(SCALES) <= largest < math.inf:
         raise ValueError(f"outputs: got largest={largest}, expected a number from {min(SCALES)}")
     width = draw(st.integers(1, 12)) if k is None else k
+    return draw(_scaled((ROWS, width), largest))
+
+
+@st.composite
+def _scaled(draw: st.DrawFn, shape: tuple[int, ...], largest: float) -> Tensor:
     scale = draw(st.sampled_from([s for s in dict.fromkeys((*SCALES, largest)) if s <= largest]))
-    unit = st.floats(-1, 1, width=32)
-    rows = draw(st.lists(unit, min_size=ROWS * width, max_size=ROWS * width))
-    return scale * torch.tensor(rows, dtype=torch.float64).reshape(ROWS, width)
+    size = math.prod(shape)
+    values = draw(st.lists(st.floats(-1, 1, width=32), min_size=size, max_size=size))
+    return scale * torch.tensor(values, dtype=torch.float64).reshape(shape)
 
 
 @st.composite
@@ -120,8 +125,7 @@ def targets(draw: st.DrawFn, potential: Potential, f: Tensor) -> Tensor:
         return mass / mass.sum(-1, keepdim=True)
     if kind == "near":
         return potential.link(f + 1e-2)
-    others = draw(st.lists(st.floats(-1, 1, width=32), min_size=rows * k, max_size=rows * k))
-    return potential.link(torch.tensor(others, dtype=f.dtype, device=f.device).reshape(f.shape))
+    return potential.link(draw(_scaled(tuple(f.shape), 1.0)).to(f))
 
 
 @st.composite

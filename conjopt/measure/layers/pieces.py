@@ -23,6 +23,7 @@ __all__ = [
     "Piece",
     "batch_gram",
     "joined",
+    "lengths",
     "norms_and_sum",
     "sample_gram",
     "slabs",
@@ -167,6 +168,20 @@ class Lookup(Piece):
         return Lookup(self.index[rows], self.right[:, rows], self.size)
 
 
+def lengths(tensor: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """Return Euclidean norms along dimensions, in float32 or wider: squares overflow in float16.
+
+    Args:
+        tensor: Of any floating-point type.
+        dim: The dimensions.
+    """
+    return torch.linalg.vector_norm(tensor, dim=dim, dtype=_wide(tensor))
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 def squared_norms(pieces: Sequence[Piece]) -> Tensor:
     """Return the squared norms of a parameter's gradients for one cotangent, `(m,)`.
 
@@ -176,17 +191,18 @@ def squared_norms(pieces: Sequence[Piece]) -> Tensor:
     merged = joined(pieces)
     piece = merged[0]
     if len(merged) == 1 and isinstance(piece, Dense):
-        return torch.linalg.vector_norm(piece.gradients[0].flatten(1), dim=1).square()
+        return lengths(piece.gradients[0].flatten(1), 1).square()
     if len(merged) != 1 or not isinstance(piece, Outer):
         return sample_gram(merged)[:, 0, 0]
     left, right = piece.left[0], piece.right[0]  # (m, g, t, q), (m, g, t, p)
     t, q, p = left.shape[2], left.shape[3], right.shape[3]
     if t == 1:
-        norms = [torch.linalg.vector_norm(side, dim=(2, 3)) for side in (left, right)]
+        norms = [lengths(side, (2, 3)) for side in (left, right)]
         return (norms[0] * norms[1]).square().sum(1)
     if t * (q + p) <= 1.2 * q * p:  # about where it pays on a CPU
+        left, right = left.to(_wide(left)), right.to(_wide(right))
         return ((left @ left.mT) * (right @ right.mT)).sum((1, 2, 3))
-    norms = [torch.linalg.vector_norm(slab[0].flatten(1), dim=1) for slab in slabs(merged)]
+    norms = [lengths(slab[0].flatten(1), 1) for slab in slabs(merged)]
     return norms[0].square() if len(norms) == 1 else torch.stack(norms).square().sum(0)
 
 
@@ -221,7 +237,7 @@ def norms_and_sum(piece: Piece) -> tuple[Tensor, Tensor]:
     norms, total = [], left.new_zeros(g, q, p)
     for start in range(0, m, few):
         slab = left[start : start + few].mT @ right[start : start + few]
-        norms.append(torch.linalg.vector_norm(slab.flatten(1), dim=1))
+        norms.append(lengths(slab.flatten(1), 1))
         total += slab.sum(0)
     return torch.cat(norms).square(), total
 
