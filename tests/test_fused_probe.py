@@ -57,6 +57,19 @@ class Checkpointed(nn.Module):
         return self.head(h).mean(1)
 
 
+class InStep(nn.Module):
+    """A sum of samples and something computed for as many, which cannot be taken for one alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(5, 4), nn.Linear(4, 3)
+        self.shift = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift = torch.ones(len(x), 1, 1) * self.shift
+        return self.head(torch.tanh(self.inner(x) + shift)).mean(1)
+
+
 def frozen(name: str) -> nn.Module:
     layer = nn.Conv2d(2, 4, 3)
     getattr(layer, name).requires_grad_(False)
@@ -105,6 +118,7 @@ MODELS = {
     "used twice": (Twice, IMAGES),
     "by name": (ByName, IMAGES),
     "checkpointed": (Checkpointed, (6, 9, 5)),
+    "in step": (InStep, (6, 9, 5)),
     "frozen weight": (lambda: frozen("weight"), IMAGES),
     "frozen bias": (lambda: frozen("bias"), IMAGES),
 }  # fmt: skip
@@ -209,12 +223,39 @@ def test_gradients_of_gradients_are_refused():
         found.square().sum().backward()
 
 
-def test_a_share_of_the_samples_is_refused():
-    with pytest.raises(ValueError, match=r"share=0.25 with fused=True.*Leave one"):
-        EnergyProbe(nn.Linear(2, 3), share=0.25, fused=True)
+@pytest.mark.parametrize("share", [0.5, 0.25, 0.01])
+@pytest.mark.parametrize("held", [1, 2**18])  # elements of per-sample gradients
+@pytest.mark.parametrize("name", MODELS)
+def test_the_first_samples_are_measured_and_all_are_summed(name, held, share, monkeypatch):
+    monkeypatch.setattr(live, "SLAB", held)
+    monkeypatch.setattr(pieces, "SLAB", held)
+    model, x = make(name)
+    CRITERION(model(x), Y).backward()
+    plain = gradients(model)
+    expected = norms_of(model, CRITERION, x, Y)[: -(-len(Y) // round(1 / share))]
+    probe = EnergyProbe(model, share=share, fused=True)
+    for _ in range(4):
+        model.zero_grad()
+        CRITERION(model(x), Y).backward()
+        assert_close(gradients(model), plain, rtol=1e-12, atol=1e-15)
+        assert_close(probe.norms, expected, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("options", [{}, {"share": 0.5}, {"fused": True}])
+def test_samples_that_are_not_measured_take_no_per_sample_gradients(monkeypatch):
+    made = []
+    pieces_of = live.pieces_of
+    monkeypatch.setattr(
+        live, "pieces_of", lambda use, b: made.append(use.samples) or pieces_of(use, b)
+    )
+    model, x = make("wide")
+    EnergyProbe(model, share=0.5, fused=True)
+    CRITERION(model(x), Y).backward()
+    assert made == [3, 3]  # the head and the convolution
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"share": 0.5}, {"fused": True}, {"share": 0.5, "fused": True}]
+)
 def test_inputs_of_layers_are_let_go_when_the_backward_has_passed(options):
     """The graph, kept alive by the loss, holds none of them without the cycle collector."""
     model, x = make("narrow")

@@ -188,18 +188,18 @@ class EnergyProbe:
     Args:
         model: The module whose forward is watched.
         share: Share of the samples to measure, in (0, 1]: every `round(1 / share)`-th, from the
-            first on.
+            first on; where `fused` as many, the first ones.
         every: Measure every so many forwards with gradients, from the first on.
         fused: Take the gradients of the weights of convolutions, and of linear layers on sequences,
             as the sum of the per-sample ones, instead of computing both: cheaper, with `.grad`
-            equal to rounding only, and without gradients of gradients. Needs all samples.
+            equal to rounding only, and without gradients of gradients.
 
     Attributes:
         norms: Of the last measured backward, `(r,)` for its `r` rows; `None` before.
 
     Raises:
         TypeError: For something else than a module.
-        ValueError: For a share or a number out of range, or a share with `fused`.
+        ValueError: For a share or a number out of range.
         MeasurementError: In the first forward of a kind, if the model cannot be measured; two
             samples are then compared with plain autograd.
         RuntimeError: In a forward, if samples meet in front of the outputs, or if the model or a
@@ -231,11 +231,6 @@ class EnergyProbe:
             raise ValueError(f"share={share!r}: expected a number in (0, 1].")
         if not isinstance(given[2], Integral) or every < 1:
             raise ValueError(f"every={every!r}: expected a whole number of forwards, at least 1.")
-        if fused and round(1 / share) > 1:
-            raise ValueError(
-                f"share={share} with fused=True: a sum over all samples was asked for, and only "
-                "some of them. Leave one of the two out."
-            )
         self.norms: Tensor | None = None
         self._fused = fused
         self._stride, self._every, self._forwards = round(1 / share), every, 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
+from conjopt.measure.layers.convolutions import CONVOLUTIONS, summed
 from conjopt.measure.layers.layout import Samples
 from conjopt.measure.layers.pieces import (
     SLAB,
@@ -33,18 +35,8 @@ from conjopt.measure.layers.uses import Recorder, Use
 
 __all__ = ["Live"]
 
-_CONVOLUTIONS = frozenset(
-    (
-        torch.conv1d,
-        torch.conv2d,
-        torch.conv3d,
-        torch.conv_transpose1d,
-        torch.conv_transpose2d,
-        torch.conv_transpose3d,
-    )
-)
 # They keep what they were given for the backward, so that it cannot run twice unless told to.
-_KEEPING = _CONVOLUTIONS | {F.linear}
+_KEEPING = CONVOLUTIONS | {F.linear}
 LITTLE, MANY = 2**16, 64  # bytes of gradients whose norms can wait, and how many may
 
 
@@ -56,7 +48,8 @@ class Live(Recorder):
         inputs: Tensors of its inputs.
         places: Where their samples are.
         samples: `m`.
-        stride: Every so many samples are measured.
+        stride: One of so many samples is measured: every so-many-th, or, where fused, the first
+            ones, whose gradients add to those of the others.
         fused: Whether gradients of weights may be sums of per-sample ones.
         store: Called with the norms and the number of the backward when one is over.
     """
@@ -74,6 +67,7 @@ class Live(Recorder):
         parameters = dict(model.named_parameters())
         super().__init__(parameters, inputs, partial(constants_of, model), samples, places)
         self._stride, self._store, self._fused = min(stride, samples), store, fused
+        self._rows = -(-samples // self._stride)
         self._counts: dict[int, int] = {}
         self._kept: dict[int, list[Piece]] = {}
         self._little: list[Tensor] = []
@@ -201,9 +195,9 @@ class Live(Recorder):
                     else:
                         parts.append(squared_norms([piece]))
                     if sums is not None:
-                        total = sum_of(piece).reshape(weight.shape)
-                        before = sums.get(id(weight))
-                        sums[id(weight)] = total if before is None else before + total
+                        _add(sums, weight, sum_of(piece))
+            if sums is not None:
+                self._add_unmeasured(sums, use, cotangents)
             self._squares += parts
 
     def _norms(self, use: Use, cotangents: Sequence[Tensor | None], summing: bool) -> Lists:
@@ -249,9 +243,7 @@ class Live(Recorder):
             for weight, piece in pieces_of(part, _leading(mine)):
                 if summing:
                     own, total = norms_and_sum(piece)
-                    total = total.reshape(weight.shape)
-                    before = sums.get(id(weight))
-                    sums[id(weight)] = total if before is None else before + total
+                    _add(sums, weight, total)
                 elif len(ranges) == 1 and isinstance(piece, Dense) and _is_little(piece, mine):
                     little.append(piece.gradients[0].flatten(1))
                     continue
@@ -260,6 +252,8 @@ class Live(Recorder):
                 squares = own if squares is None else squares + own
             if squares is not None:
                 parts.append(squares)
+        if summing:
+            self._add_unmeasured(sums, use, cotangents)
         found = [sums[id(weight)] for weight in use.weights if id(weight) in sums]
         return parts if len(parts) < 2 else [torch.cat(parts)], little, found
 
@@ -271,20 +265,33 @@ class Live(Recorder):
         for same in by_kind.values():
             self._squares.append(lengths(torch.cat(same, 1), 1).square())
 
+    def _add_unmeasured(
+        self, sums: dict[int, Tensor], use: Use, cotangents: Sequence[Tensor | None]
+    ) -> None:
+        """Add the weights' gradients by the samples that are not measured, without norms."""
+        if self._rows == self.samples:
+            return
+        part, mine = use.take(slice(self._rows, None), cotangents)
+        if use.function in CONVOLUTIONS and use.plain(0):
+            (b,) = mine
+            found = {} if b is None else summed(part, b)
+        else:
+            found = {id(weight): sum_of(piece) for weight, piece in pieces_of(part, _leading(mine))}
+        for weight in use.weights:
+            if id(weight) in found:
+                _add(sums, weight, found[id(weight)])
+
     def _ranges(self, use: Use) -> list[slice]:
         """Return ranges of the samples to measure at a time, to hold few gradients at once."""
-        rows = -(-self.samples // self._stride)
+        rows, step = self._rows, 1 if self._fused else self._stride
         few = rows
-        if use.function in _CONVOLUTIONS and not use.whole and all(map(self._alone, use.weights)):
+        if use.function in CONVOLUTIONS and not use.whole and all(map(self._alone, use.weights)):
             few = max(1, SLAB // max(1, *(weight.numel() for weight in use.weights)))
             few = math.ceil(rows / math.ceil(rows / few))  # equal parts
-        if few >= rows:
-            return [slice(None, None, self._stride)]
+        ends = [*range(0, rows, few), rows]
         return [
-            slice(
-                start * self._stride, min((start + few) * self._stride, self.samples), self._stride
-            )
-            for start in range(0, rows, few)
+            slice(start * step, min(stop * step, self.samples), step)
+            for start, stop in itertools.pairwise(ends)
         ]
 
     def _alone(self, weight: Tensor) -> bool:
@@ -320,6 +327,13 @@ class Live(Recorder):
 def _leading(cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Return cotangents as those of one direction, `(1, *shape)`."""
     return [None if c is None else c[None] for c in cotangents]
+
+
+def _add(sums: dict[int, Tensor], weight: Tensor, gradient: Tensor) -> None:
+    """Add to the sum of a weight's gradients."""
+    gradient = gradient.reshape(weight.shape)
+    before = sums.get(id(weight))
+    sums[id(weight)] = gradient if before is None else before + gradient
 
 
 def _is_little(piece: Dense, cotangents: Sequence[Tensor | None]) -> bool:

@@ -155,7 +155,7 @@ def _masked(
         if c is not None and at is not None and results[i].requires_grad
     ]
     k = next(len(c) for c in cotangents if c is not None)
-    rows = range(0, use.samples, use.stride)
+    rows = range(use.samples) if use.rows is None else use.rows
     gradients = [weight.new_zeros(k, len(rows), *weight.shape) for weight in weights]
     for row, i in enumerate(rows):
         for j in range(k):

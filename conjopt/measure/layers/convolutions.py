@@ -20,9 +20,28 @@ from conjopt.measure.layers.rules import (
 )
 from conjopt.measure.layers.uses import Use
 
+__all__ = ["CONVOLUTIONS", "summed"]
 
-@register_rule(torch.conv1d, torch.conv2d, torch.conv3d)
+_CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
+_TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+CONVOLUTIONS = frozenset((*_CONVOLUTIONS, *_TRANSPOSED))
+
+
+@register_rule(*CONVOLUTIONS)
 def _convolution(use: Use, cotangents: Cotangents) -> Found | None:
+    return _convolve(use, cotangents, *_arguments(use))
+
+
+def _arguments(use: Use) -> tuple[Tensor, Tensor, Tensor | None, tuple[Any, ...]]:
+    """Return the input of a convolution, its weight and bias, and the options of its backward."""
+    if use.function in _TRANSPOSED:
+        x, weight, bias, stride, padding, extra, groups, dilation = use.arguments(
+            input=None, weight=None, bias=None, stride=1, padding=0, output_padding=0, groups=1,
+            dilation=1,
+        )  # fmt: skip
+        dims = weight.ndim - 2
+        sizes = [_each(value, dims) for value in (stride, padding, dilation)]
+        return x, weight, bias, (*sizes, True, _each(extra, dims), groups)
     x, weight, bias, stride, padding, dilation, groups = use.arguments(
         input=None, weight=None, bias=None, stride=1, padding=0, dilation=1, groups=1
     )
@@ -36,22 +55,27 @@ def _convolution(use: Use, cotangents: Cotangents) -> Found | None:
             pads = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
             x = F.pad(x, pads)
         padding = 0
-    options = [_each(value, dims) for value in (stride, padding, dilation)]
-    return _convolve(use, cotangents, x, weight, bias, (*options, False, [0] * dims, groups))
+    sizes = [_each(value, dims) for value in (stride, padding, dilation)]
+    return x, weight, bias, (*sizes, False, [0] * dims, groups)
 
 
-@register_rule(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
-def _transposed(use: Use, cotangents: Cotangents) -> Found | None:
-    x, weight, bias, stride, padding, extra, groups, dilation = use.arguments(
-        input=None, weight=None, bias=None, stride=1, padding=0, output_padding=0, groups=1,
-        dilation=1,
+def summed(use: Use, b: Tensor) -> dict[int, Tensor]:
+    """Return the gradients of a convolution's weights, sums over samples, by their `id`.
+
+    Args:
+        use: Of a function in `CONVOLUTIONS`, whose input is no weight.
+        b: The cotangent of its result.
+    """
+    x, weight, bias, options = _arguments(use)
+    with_bias = bias is not None and use.is_weight(bias)
+    if not use.is_weight(weight):
+        return {id(bias): b.transpose(0, 1).flatten(1).sum(1)} if with_bias else {}
+    b, x = same_type(b, x)
+    _, gradient, shift = torch.ops.aten.convolution_backward(
+        b, x, weight.detach().to(b.dtype), [len(bias)] if with_bias else None, *options,
+        [False, True, with_bias],
     )  # fmt: skip
-    dims = weight.ndim - 2
-    stride, padding, dilation, extra = (
-        _each(value, dims) for value in (stride, padding, dilation, extra)
-    )
-    options = (stride, padding, dilation, True, extra, groups)
-    return _convolve(use, cotangents, x, weight, bias, options)
+    return {id(weight): gradient, id(bias): shift} if with_bias else {id(weight): gradient}
 
 
 def _convolve(

@@ -35,7 +35,7 @@ class Use:
         versions: Of the tensor arguments, to notice writes.
         where: By the `id` of an argument, where its samples are.
         whole: Whether it cannot be called for a sample alone.
-        stride: Only every so many samples are wanted; set where `whole`.
+        rows: The samples that are wanted, of a `whole` one; all if `None`.
         statistics: What a group normalisation kept for its own backward, `(m, groups)` each: means
             and inverse standard deviations.
         kind: The same for calls with the same shapes and options, where samples are in the same
@@ -60,7 +60,7 @@ class Use:
     versions: list[tuple[Tensor, int]]
     where: dict[int, Samples | None]
     whole: bool = False
-    stride: int = 1
+    rows: range | None = None
     statistics: tuple[Tensor, Tensor] | None = None
     kind: int | None = None
 
@@ -95,24 +95,18 @@ class Use:
         """Whether dimension 0 of a result holds the samples and nothing else."""
         return self.places[place] == Samples(0) and self.shapes[place][0] == self.samples
 
-    def every(
-        self, stride: int, cotangents: Sequence[Tensor | None]
-    ) -> tuple[Use, list[Tensor | None]]:
-        """Return the use of every so many samples, and its cotangents, `(*shape)` each."""
-        return self.take(slice(None, None, stride), cotangents)
-
     def take(
         self, rows: slice, cotangents: Sequence[Tensor | None]
     ) -> tuple[Use, list[Tensor | None]]:
         """Return the use of a range of samples, and its cotangents, `(*shape)` each.
 
-        Where a call cannot be made for some samples alone, the range has to be every so many.
+        Where a call cannot be made for some samples alone, it stays whole, and says which count.
         """
         few = len(range(self.samples)[rows])
         if few == self.samples:
             return self, list(cotangents)
         if self.whole:
-            return dataclasses.replace(self, stride=rows.step or 1), list(cotangents)
+            return dataclasses.replace(self, rows=range(self.samples)[rows]), list(cotangents)
         where: dict[int, Samples | None] = {}
         kept, m = self.statistics, self.samples
         fewer = Use(
