@@ -27,7 +27,7 @@ _TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transp
 CONVOLUTIONS = frozenset((*_CONVOLUTIONS, *_TRANSPOSED))
 
 
-@register_rule(*CONVOLUTIONS)
+@register_rule(*_CONVOLUTIONS, *_TRANSPOSED)
 def _convolution(use: Use, cotangents: Cotangents) -> Found | None:
     return _convolve(use, cotangents, *_arguments(use))
 
@@ -67,12 +67,12 @@ def summed(use: Use, b: Tensor) -> dict[int, Tensor]:
         b: The cotangent of its result.
     """
     x, weight, bias, options = _arguments(use)
-    with_bias = bias is not None and use.is_weight(bias)
+    with_bias = use.is_weight(bias)
     if not use.is_weight(weight):
         return {id(bias): b.transpose(0, 1).flatten(1).sum(1)} if with_bias else {}
     b, x = same_type(b, x)
     _, gradient, shift = torch.ops.aten.convolution_backward(
-        b, x, weight.detach().to(b.dtype), [len(bias)] if with_bias else None, *options,
+        b, x, weight.detach().to(b.dtype), b.shape[1:2] if with_bias else None, *options,
         [False, True, with_bias],
     )  # fmt: skip
     return {id(weight): gradient, id(bias): shift} if with_bias else {id(weight): gradient}
