@@ -48,6 +48,14 @@ def filtered(x: Tensor, y: Tensor) -> list[Tensor]:
     )  # fmt: skip
 
 
+def the_same(x: Tensor, y: Tensor) -> list[Tensor]:
+    total, before = x.sum(1), y.sum(1)
+    sums = x.sum(1) + y.sum(1).mean()
+    z = 2 * y
+    torch._foreach_mul_([z], 3.0)
+    return [total * before.mean(), sums, z, 2 * y, z.sum(1), z.mul_(2).sum(1), z.mul_(2).sum(1)]
+
+
 def kept(x: Tensor, y: Tensor) -> list[Tensor]:
     return [x, y.detach(), torch.ones(3)]
 
@@ -57,7 +65,7 @@ def inputs() -> list[Tensor]:
     return [torch.randn(4, 2 * 5)[:, 1::2], torch.randn(3, 3)]
 
 
-@pytest.mark.parametrize("function", [views, written, several, filtered, kept])
+@pytest.mark.parametrize("function", [views, written, several, filtered, the_same, kept])
 def test_a_program_does_the_same(function):
     torch.manual_seed(0)
     first = inputs()
@@ -96,6 +104,25 @@ def test_what_cannot_be_done_again_is_not(function):
     with Recording([x, y]) as recording:
         result = function(x, y)
     assert recording.program([result]) is None
+
+
+def test_what_is_called_twice_with_the_same_is_done_once():
+    x, y = inputs()
+    with Recording([x, y]) as recording:
+        found = [x.sum(1), 2 * x.sum(1), x.sum(0), (x @ x.mT).sum(1), (x @ x.mT).sum(1)]
+    done = [str(node.target) for node in recording._graph.nodes]
+    assert done.count("aten.sum.dim_IntList") == 3
+    assert done.count("aten.mm.default") == 1
+    assert_close(list(recording.program(found)(x, y)), found, rtol=0, atol=0)
+
+
+def test_results_that_stand_for_several_are_not_written_to():
+    """Two buffers of zeros are two buffers."""
+    x, y = inputs()
+    with Recording([x, y]) as recording:
+        a, b = torch.zeros_like(x), torch.zeros_like(x)
+        torch._foreach_add_([a], [x])
+    assert recording.program([a, b]) is None
 
 
 def test_inputs_that_share_memory_are_refused():

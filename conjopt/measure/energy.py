@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from conjopt.measure.last_layer import is_empty
 from conjopt.measure.layers.layout import Samples
 from conjopt.measure.layers.pieces import squared_norms
+from conjopt.measure.layers.plan import Plan
 from conjopt.measure.layers.tape import (
     Arguments,
     Tape,
@@ -24,6 +25,8 @@ from conjopt.measure.replay import REPLAYING, compiled_parts
 from conjopt.measure.tokens import dimension_within_tokens, token_squares
 
 __all__ = ["EnergyProbe", "gradient_energy", "per_sample_gradient_norms"]
+
+_MOST_KINDS = 64  # of forwards that are remembered
 
 
 def per_sample_gradient_norms(
@@ -237,6 +240,7 @@ class EnergyProbe:
         self._live: Live | None = None
         self._backward = -1  # number of the last one that was measured
         self._known: dict[Any, list[Samples | None]] = {}  # where inputs of a kind have samples
+        self._plans: dict[Any, Plan] = {}  # what forwards of a kind and so many samples do
         self._handles = [
             model.register_forward_pre_hook(_Hook(self, "_before"), with_kwargs=True, prepend=True),
             model.register_forward_hook(_Hook(self, "_after"), always_call=True),
@@ -265,7 +269,7 @@ class EnergyProbe:
             self._live.__enter__()
 
     def _prepare(self, model: nn.Module, args: Any, kwargs: Any) -> Live | None:
-        leaves, names = tree_flatten((args, kwargs))
+        leaves, names = (args, None) if _are_tensors(args, kwargs) else tree_flatten((args, kwargs))
         tensors = [t for t in leaves if isinstance(t, Tensor)]
         samples = number_of_samples(tensors)
         if samples == 0:
@@ -275,7 +279,10 @@ class EnergyProbe:
             _refuse_compiled(model)
             _check(model, Arguments(args, kwargs), None, None, "EnergyProbe")
             self._known[kind] = places_of_inputs(model, args, kwargs, samples)
-        options = (samples, self._stride, self._fused, self._store)
+        if len(self._plans) >= _MOST_KINDS:
+            self._plans.clear()
+        plan = self._plans.setdefault((kind, samples), Plan())
+        options = (samples, self._stride, self._fused, self._store, plan)
         return Live(model, tensors, self._known[kind], *options)
 
     def _after(self, model: nn.Module, args: Any, output: Any) -> None:
@@ -295,6 +302,10 @@ class EnergyProbe:
                 "or wrap them in one module and watch that."
             )
         self.norms, self._backward = norms, backward
+
+
+def _are_tensors(args: Any, kwargs: Any) -> bool:
+    return not kwargs and all([isinstance(value, Tensor) for value in args])
 
 
 class _Hook:

@@ -28,6 +28,7 @@ from conjopt.measure.layers.pieces import (
     squared_norms,
     sum_of,
 )
+from conjopt.measure.layers.plan import Plan
 from conjopt.measure.layers.program import Lists, again
 from conjopt.measure.layers.rules import by_shapes, pieces_of
 from conjopt.measure.layers.tape import constants_of, through
@@ -52,6 +53,7 @@ class Live(Recorder):
             ones, whose gradients add to those of the others.
         fused: Whether gradients of weights may be sums of per-sample ones.
         store: Called with the norms and the number of the backward when one is over.
+        plan: Of earlier forwards on inputs of this kind.
     """
 
     def __init__(
@@ -63,9 +65,10 @@ class Live(Recorder):
         stride: int,
         fused: bool,
         store: Callable[[Tensor, int], None],
+        plan: Plan,
     ) -> None:
-        parameters = dict(model.named_parameters())
-        super().__init__(parameters, inputs, partial(constants_of, model), samples, places)
+        parameters = lambda: dict(model.named_parameters())  # noqa: E731
+        super().__init__(parameters, inputs, partial(constants_of, model), samples, places, plan)
         self._stride, self._store, self._fused = min(stride, samples), store, fused
         self._rows = -(-samples // self._stride)
         self._counts: dict[int, int] = {}
@@ -75,27 +78,41 @@ class Live(Recorder):
         self._task = -1
         self._joints: dict[int, _Joint] = {}  # by the result
 
+    def joins(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        weights: list[Tensor],
+    ) -> bool:
+        """Whether the gradients of a call's weights can be sums of per-sample ones."""
+        if not (weights and self._fused and function in _KEEPING):
+            return False
+        x, known = args[0] if args else kwargs["input"], {id(weight) for weight in weights}
+        few = function is F.linear and x.ndim < 3
+        return not (few or id(x) in known or self.where(x) is None or known & self._repeated.keys())
+
     def call(
         self,
         function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         weights: list[Tensor],
+        joins: bool,
     ) -> Any:
         """Call a function; where its weights' gradients are to be sums, without gradients of them.
 
         Under checkpointing nothing is taken over: what is recomputed has to be the same again.
         """
-        keeping = weights and self._fused and function in _KEEPING and torch.is_grad_enabled()
-        if not keeping or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        if (
+            not joins
+            or not torch.is_grad_enabled()
+            or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+            # By another probe, which is to see the weights, too.
+            or any(isinstance(m, Recorder) for m in _get_current_function_mode_stack())
+        ):
             return function(*args, **kwargs)
-        x = args[0] if args else kwargs["input"]
         known = {id(weight) for weight in weights}
-        few = function is F.linear and x.ndim < 3
-        # By another probe, which is to see the weights, too.
-        few = few or any(isinstance(m, Recorder) for m in _get_current_function_mode_stack())
-        if few or id(x) in known or self.where(x) is None or known & self._repeated.keys():
-            return function(*args, **kwargs)
         bare = [a.detach() if id(a) in known else a for a in args]
         named = {name: a.detach() if id(a) in known else a for name, a in kwargs.items()}
         joint = _Joint(self, function, args, kwargs, list({id(w): w for w in weights}.values()))

@@ -197,11 +197,13 @@ def squared_norms(pieces: Sequence[Piece]) -> Tensor:
     left, right = piece.left[0], piece.right[0]  # (m, g, t, q), (m, g, t, p)
     t, q, p = left.shape[2], left.shape[3], right.shape[3]
     if t == 1:
-        norms = [lengths(side, (2, 3)) for side in (left, right)]
-        return (norms[0] * norms[1]).square().sum(1)
+        by_group = [lengths(side.flatten(0, 2), 1) for side in (left, right)]
+        squares = (by_group[0] * by_group[1]).square()
+        return squares if left.shape[1] == 1 else squares.unflatten(0, left.shape[:2]).sum(1)
     if t * (q + p) <= 1.2 * q * p:  # about where it pays on a CPU
         left, right = left.to(_wide(left)), right.to(_wide(right))
-        return ((left @ left.mT) * (right @ right.mT)).sum((1, 2, 3))
+        grams = [(side @ side.mT).flatten(1) for side in (left, right)]
+        return (grams[0].unsqueeze(1) @ grams[1].unsqueeze(2)).flatten()
     norms = [lengths(slab[0].flatten(1), 1) for slab in slabs(merged)]
     return norms[0].square() if len(norms) == 1 else torch.stack(norms).square().sum(0)
 

@@ -95,6 +95,8 @@ class Recording(TorchDispatchMode):
         # By storage: a tensor that has it as it was made or given, and its node.
         self._roots: dict[int, tuple[Tensor, Node]] = {}
         self._views: dict[Any, Node] = {}
+        self._done: dict[Any, Node] = {}  # by what was called with what
+        self._shared: set[Node] = set()  # those that stand for several calls
         for i, tensor in enumerate(inputs):
             self._works = self._works and not self._is_view(tensor)
             self._root(tensor, self._graph.placeholder(f"x{i}"))
@@ -111,10 +113,16 @@ class Recording(TorchDispatchMode):
         result = function(*args, **kwargs)
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         self._works = self._works and _REFUSED.isdisjoint(function.tags)
-        if self._works and not (made and all(self._is_view(t) for t in made) and _views(function)):
+        reads = _reads_only(function)
+        # Not what only looks at tensors, or returns what depends on shapes alone.
+        if self._works and not (reads and all(map(self._is_view, made))):
             nodes = tree_map(self._node, (args, kwargs))
+            if not reads:  # what was called before may give something else from now on
+                self._done.clear()
+                given = map(self._made_by, tree_leaves((args, kwargs)))
+                self._works = self._works and self._shared.isdisjoint(given)
             if self._works:
-                node = self._graph.call_function(function, *nodes)
+                node = self._call(function, *nodes)
                 if isinstance(result, Tensor):
                     self._root(result, node)
                 for i, tensor in enumerate(result if isinstance(result, tuple | list) else ()):
@@ -139,6 +147,21 @@ class Recording(TorchDispatchMode):
         names = dict(code.globals)
         exec(compile(code.src, "<program>", "exec"), names)
         return partial(names["forward"], None)
+
+    def _call(self, function: Any, args: Any, kwargs: Any) -> Node:
+        """Write a call down, one node for all that are given the same."""
+        key = function, repr((args, kwargs))  # nodes have names of their own
+        if key in self._done:
+            self._shared.add(self._done[key])
+        else:
+            self._done[key] = self._graph.call_function(function, args, kwargs)
+        return self._done[key]
+
+    def _made_by(self, value: Any) -> Node | None:
+        """Return the node that made what a tensor is, or a view of."""
+        if not isinstance(value, Tensor):
+            return None
+        return self._roots.get(value.untyped_storage()._cdata, (None, None))[1]
 
     def _root(self, tensor: Tensor, node: Node) -> None:
         self._roots.setdefault(tensor.untyped_storage()._cdata, (tensor, node))
@@ -169,7 +192,7 @@ def _view(tensor: Tensor, size: Any, stride: Any, offset: int) -> Tensor:
     return tensor.as_strided(size, stride)
 
 
-def _views(function: Any) -> bool:
-    """Whether an operation does nothing but look at its arguments in another way."""
+def _reads_only(function: Any) -> bool:
+    """Whether an operation writes to none of its arguments."""
     arguments = function._schema.arguments
     return not any(a.alias_info is not None and a.alias_info.is_write for a in arguments)

@@ -77,7 +77,7 @@ class Tape:
         replay = Replay(model, args, kwargs, Replay.random_state(model))
         where = places_of_inputs(model, args, kwargs, self.samples)
         constants = partial(constants_of, model)
-        self._recorder = Recorder(every, tensors, constants, self.samples, where)
+        self._recorder = Recorder(lambda: every, tensors, constants, self.samples, where)
         with torch.enable_grad(), self._recorder:
             outputs, self.draws = replay.run_telling_draws(copies, copy=False)
         self.outputs = [output for output in outputs if output is not None]

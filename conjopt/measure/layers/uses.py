@@ -9,11 +9,10 @@ the gradient of its result into per-sample gradients (`conjopt.measure.layers.ru
 
 from __future__ import annotations
 
-import enum
 import itertools
-import numbers
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ from conjopt.measure.layers.layout import (
     repeated,
     tensors,
 )
+from conjopt.measure.layers.plan import CONSTANT, SIMPLE, Followed, Found, Plan
 from conjopt.measure.layers.use import INTEGERS, LAYOUTS, Use
 
 __all__ = ["Recorder", "Use"]
@@ -42,11 +42,12 @@ class Recorder(TorchFunctionMode):
     """Records the uses of parameters while it is active.
 
     Args:
-        parameters: By name; those that require gradients are recorded.
+        parameters: Finds them by name; those that require gradients are recorded.
         inputs: Tensors of the model's inputs.
         constants: Finds tensors without samples, such as buffers; called when it matters.
         samples: `m`, the size of the dimension of samples.
         where: Where the samples of the inputs are; by their sizes if `None`.
+        plan: Of earlier forwards on inputs of this kind, to follow and to go on writing.
 
     Attributes:
         uses: The uses so far.
@@ -56,24 +57,21 @@ class Recorder(TorchFunctionMode):
 
     def __init__(
         self,
-        parameters: Mapping[str, Tensor],
+        parameters: Callable[[], Mapping[str, Tensor]],
         inputs: Iterable[Tensor],
         constants: Callable[[], Iterable[Tensor]],
         samples: int,
         where: Iterable[Samples | None] | None = None,
+        plan: Plan | None = None,
     ) -> None:
         super().__init__()
         self.samples = samples
         self.uses: list[Use] = []
         self.made: list[Tensor] = []
         self.bases: dict[int, list[Tensor]] = {}
-        self._weights = {id(p): p for p in parameters.values() if p.requires_grad}
-        if any(weight.is_complex() for weight in self._weights.values()):
-            complex_ones = [n for n, p in parameters.items() if p.requires_grad and p.is_complex()]
-            raise RuntimeError(
-                f"Complex parameters are not measured: {', '.join(complex_ones)}. Keep their real "
-                "and imaginary parts, and take torch.view_as_complex in the forward."
-            )
+        self._parameters = parameters
+        if plan is None or not plan.steps:
+            _ = self._weights  # which may refuse
         # What a made tensor repeats for each sample, and where.
         self._repeated: dict[int, tuple[Tensor, Samples]] = {}
         # Views whose gradients arrive nowhere else, with their versions.
@@ -82,10 +80,23 @@ class Recorder(TorchFunctionMode):
         self._viewed: list[tuple[weakref.ref[Tensor], Use, int, GradientEdge]] = []
         self._places: dict[int, tuple[weakref.ref[Tensor], Samples | None]] = {}
         inputs = list(inputs)
-        self._find_constants = lambda: (*constants(), *parameters.values())
+        self._followed = None if plan is None else Followed(plan, inputs)
+        self._find_constants = lambda: (*constants(), *parameters().values())
         self._constants: dict[int, Tensor] | None = None
         for tensor, at in zip(inputs, where or [by_size(t, samples) for t in inputs], strict=True):
             self._put(tensor, at)
+
+    @cached_property
+    def _weights(self) -> dict[int, Tensor]:
+        """Parameters that require gradients, and what is made of them, by `id`."""
+        parameters = self._parameters()
+        complex_ones = [n for n, p in parameters.items() if p.requires_grad and p.is_complex()]
+        if complex_ones:
+            raise RuntimeError(
+                f"Complex parameters are not measured: {', '.join(complex_ones)}. Keep their real "
+                "and imaginary parts, and take torch.view_as_complex in the forward."
+            )
+        return {id(p): p for p in parameters.values() if p.requires_grad}
 
     def __torch_function__(
         self,
@@ -98,9 +109,24 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.samples == 0:
             return function(*args, **kwargs)
+        step = None if self._followed is None else self._followed.step(function, args, kwargs)
+        if step is not None:
+            found, given = step.found, [] if step.found.plain else _unique(args, kwargs)
+            weights = [given[i] for i in found.weights]
+            result = self.call(function, args, kwargs, weights, step.joins)
+            result = _apart(result) if weights else result
+            assert self._followed is not None
+            results = self._followed.results(step, result)
+            if results is not None:
+                for tensor, at in zip(results, found.places, strict=True):
+                    self._put(tensor, at)
+                self._apply(function, args, kwargs, given, results, found)
+                return result
+            joins = step.joins
         given = _given(args, kwargs)
         weights = [tensor for tensor in given if id(tensor) in self._weights]
         assigns = function is Tensor.__setitem__
+        seen: Found | None = None
         if weights and (assigns or _writes(function)) and torch.is_grad_enabled():
             target, before = args[0], args[0].clone()
             if id(target) in self._weights:
@@ -112,26 +138,51 @@ class Recorder(TorchFunctionMode):
             result = function(*args, **kwargs)
             self._follow_write(target)
             plain = _assigned if assigns else getattr(Tensor, plain_name(function), function)
-            args = (before, *args[1:])
-            self._note(plain, args, kwargs, weights, [target], _given(args, kwargs))
+            given_before = before, *args[1:]
+            self._note(plain, given_before, kwargs, weights, [target], _given(given_before, kwargs))
+            self._write_down(function, args, kwargs, result, None)
             return result
         held = self.where(args[0]) if assigns else None
-        result = self.call(function, args, kwargs, weights)
-        if type(result) is torch.Size:
-            return result
-        if weights and type(result) is tuple and torch.is_grad_enabled():
-            # One may be computed from another: gradients have to arrive at each from outside.
-            result = tree_map(_alias, result)
+        if step is None:
+            joins = self.joins(function, args, kwargs, weights)
+            result = self.call(function, args, kwargs, weights, joins)
+            result = _apart(result) if weights else result
         if assigns:
             self._follow_write(args[0])
             self._assign(args[0], args[1], args[2], held)
-        elif isinstance(result, Tensor | tuple | list):
+        elif isinstance(result, Tensor | tuple | list) and type(result) is not torch.Size:
             results = [result] if isinstance(result, Tensor) else list(tensors(result))
-            self._note(function, args, kwargs, weights, results, given)
+            seen = self._note(function, args, kwargs, weights, results, given)
             if given and result is given[0] and result._base is not None:
                 self._follow_write(result)
                 self._written(result._base)
+                seen = None
+        else:
+            seen = Found([])
+        self._write_down(function, args, kwargs, result, seen, joins)
         return result
+
+    def _write_down(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
+        found: Found | None,
+        joins: bool = False,
+    ) -> None:
+        if self._followed is not None:
+            self._followed.add(function, args, kwargs, result, found, joins, self._is_constant)
+
+    def joins(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        weights: list[Tensor],
+    ) -> bool:
+        """Whether a subclass may take over what a call's backward does for weights."""
+        return False
 
     def call(
         self,
@@ -139,17 +190,20 @@ class Recorder(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         weights: list[Tensor],
+        joins: bool,
     ) -> Any:
         """Call a function; a subclass may take over what its backward does for weights."""
         return function(*args, **kwargs)
 
     def where(self, tensor: Tensor) -> Samples | None:
         """Return where the samples of a tensor are, `None` if it has none."""
+        reference, at = self._places.get(id(tensor), (None, None))
+        if at is not None and reference is not None and reference() is tensor:
+            return at
         if id(tensor) in self._weights:
             return None
-        reference, at = self._places.get(id(tensor), (None, None))
         if reference is not None and reference() is tensor:
-            if at is not None or not tensor.requires_grad or tensor.is_leaf:
+            if not tensor.requires_grad or tensor.is_leaf:
                 return at
         elif not tensor.requires_grad:
             # Nothing that was seen made it: a custom function, or something kept between calls.
@@ -205,40 +259,65 @@ class Recorder(TorchFunctionMode):
         kwargs: dict[str, Any],
         weights: list[Tensor],
         results: list[Tensor],
-        every: list[Tensor],
-    ) -> None:
+        given: list[Tensor],
+    ) -> Found | None:
+        """Find out about a call, and keep it; return what holds for the same call later."""
         if not results or function is Tensor.backward:
-            return
-        live = [t for t in results if t.requires_grad]
-        weights = list({id(w): w for w in weights}.values()) if live else []
-        given = {id(t): t for t in every}
-        where = {i: self.where(t) for i, t in given.items()}
+            return Found([])
+        given = list({id(t): t for t in given}.values())
+        live = any(t.requires_grad for t in results)
+        numbers = [i for i, t in enumerate(given) if live and _is_in(t, weights)]
+        where = {id(t): self.where(t) for t in given}
         if _WITHOUT_SAMPLES.issuperset(where.values()):
-            for tensor in live if weights else ():
+            is_range = function is torch.arange and args == (self.samples,)
+            places: list[Samples | None] = [RANGE if is_range else None] * len(results)
+            found = Found(places, list(where.values()), tuple(numbers), made=bool(numbers))
+        else:
+            by_id = {id(t): t for t in given}
+            places, where, whole, kind = self._remembered(
+                function, args, kwargs, by_id, where, results
+            )
+            along = list(where.values())
+            own = [i for i in numbers if along[i] is None]
+            repeats = [(i, at) for i in numbers if (at := along[i]) is not None]
+            found = Found(places, along, tuple(own), tuple(repeats), False, whole, kind)
+        again = not any(id(t) in self._weights for t in results)
+        for tensor, at in zip(results, found.places, strict=True):
+            if found.made or id(tensor) not in self._weights:
+                self._put(tensor, at)
+        self._apply(function, args, kwargs, given, results, found)
+        return found if again else None
+
+    def _apply(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        given: list[Tensor],
+        results: list[Tensor],
+        found: Found,
+    ) -> None:
+        """Keep what was found out about parameters in a call."""
+        weights = [given[i] for i in found.weights]
+        if found.made:
+            for tensor in [t for t in results if t.requires_grad]:
                 self._make(tensor, weights)
                 if plain_name(function) in _REPEATS and (
                     at := repeated(tensor, args[0], self.samples)
                 ):
                     self._repeated[id(tensor)] = args[0], at
-            is_range = function is torch.arange and args == (self.samples,)
-            for tensor in results:
-                self._put(tensor, RANGE if is_range else None)
             return
-        places, where, whole, kind = self._remembered(function, args, kwargs, given, where, results)
-        for weight in [w for w in weights if where[id(w)] is not None]:
-            self._repeat(weight, where[id(weight)])
-            weights = [w for w in weights if w is not weight]
-        for tensor, at in zip(results, places, strict=True):
-            if id(tensor) not in self._weights:
-                self._put(tensor, at)
+        for i, at in found.repeats:
+            self._repeat(given[i], at)
         if weights:
             shapes = [t.shape for t in results]
-            versions = [(t, t._version) for t in given.values()]
-            m = self.samples
+            versions = [(t, t._version) for t in given]
+            where = dict(zip(map(id, given), found.along, strict=True))
+            places, m = found.places, self.samples
             use = Use(
-                function, args, kwargs, weights, [], shapes, places, m, versions, where, whole
+                function, args, kwargs, weights, [], shapes, places, m, versions, where, found.whole
             )
-            use.kind = kind
+            use.kind = found.kind
             self.used(use, results)
 
     def _remembered(
@@ -270,7 +349,7 @@ class Recorder(TorchFunctionMode):
 
     def _kind(self, value: Any, order: dict[int, int], where: dict[int, Samples | None]) -> Any:
         """Return what of an argument decides where samples go, to look it up by."""
-        if type(value) in _SIMPLE:
+        if type(value) in SIMPLE:
             return type(value), value
         if isinstance(value, Tensor):
             i = id(value)
@@ -288,7 +367,7 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, slice):
             parts = (value.start, value.stop, value.step)
             return slice, self._kind(parts, order, where)
-        if not isinstance(value, _CONSTANT):  # may change, and is not to be held
+        if not isinstance(value, CONSTANT):  # may change, and is not to be held
             raise TypeError
         return type(value), value
 
@@ -422,8 +501,6 @@ class Recorder(TorchFunctionMode):
 _WRITES: dict[Any, bool] = {}
 _FOLLOWED: dict[Any, tuple[list[Samples | None], list[Samples | None], bool, int]] = {}
 _KINDS = itertools.count()
-_SIMPLE = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
-_CONSTANT = (numbers.Number, bytes, enum.Enum, type, type(...), torch.layout, torch.memory_format)
 _WITHOUT_SAMPLES = frozenset((None, RANGE))
 _REPEATS = ("expand", "expand_as", "broadcast_to", "repeat", "tile")
 
@@ -438,6 +515,21 @@ def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         ):
             found.extend(tensors([value]))
     return found
+
+
+def _unique(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    return list({id(tensor): tensor for tensor in _given(args, kwargs)}.values())
+
+
+def _is_in(value: Tensor, among: list[Tensor]) -> bool:
+    return any(value is tensor for tensor in among)
+
+
+def _apart(result: Any) -> Any:
+    """Return results of which none is computed from another: each has a gradient from outside."""
+    if type(result) is tuple and torch.is_grad_enabled():
+        return tree_map(_alias, result)
+    return result
 
 
 def _alias(value: Any) -> Any:

@@ -1,0 +1,293 @@
+"""The calls of a forward as they were, to follow the next one by.
+
+Forwards of one model on inputs of one kind make the same calls, as a rule. So what was found out
+about each (where samples are, and which parameters are used) is written down. In the next forward
+a call is compared with the one that was there before: the same function, given the same constants,
+parameters, and results of the same earlier calls, which have their shapes. Then all that was found
+out holds again. From the first call that is another, the calls are looked at anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import numbers
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conjopt.measure.layers.layout import Samples, tensors
+
+__all__ = ["CONSTANT", "SIMPLE", "Followed", "Found", "Plan", "Step", "tensors_of"]
+
+SIMPLE = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
+CONSTANT = (numbers.Number, bytes, enum.Enum, type, type(...), torch.layout, torch.memory_format)
+_CHANGES = 16  # after so many a plan grows no more
+Kind = tuple[torch.Size, torch.dtype, bool]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Found:
+    """What was found out about a call.
+
+    Attributes:
+        places: Where the samples of each tensor that it returned are.
+        along: Where those of each tensor that it was given are.
+        weights: Which of these are weights that it uses, or that it makes something of.
+        repeats: Which of these repeat a weight for each sample, and where.
+        made: Whether it makes something of weights alone.
+        whole: Whether it cannot be called for a sample alone.
+        kind: See `Use`.
+    """
+
+    places: list[Samples | None]
+    along: list[Samples | None] = dataclasses.field(default_factory=list)
+    weights: tuple[int, ...] = ()
+    repeats: tuple[tuple[int, Samples], ...] = ()
+    made: bool = False
+    whole: bool = False
+    kind: int | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether no weights are in the call."""
+        return not self.weights and not self.repeats
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Given:
+    """A tensor argument: the result of an earlier call or an input, or one that the model keeps."""
+
+    number: int
+    kept: weakref.ref[Tensor] | None
+    shape: torch.Size
+    dtype: torch.dtype
+    requires_grad: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Items:
+    """A tuple, a list, or a slice, as a tuple."""
+
+    type: type
+    items: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """A call, and what was found out about it.
+
+    Attributes:
+        function: What was called.
+        args: What it was given, tensors described.
+        kwargs: The same by name.
+        type: Of what it returned.
+        results: Shapes, types, and whether they require gradients, of the tensors in that.
+        found: What was found out.
+        joins: See `Recorder.joins`.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    type: type
+    results: tuple[Kind, ...]
+    found: Found
+    joins: bool
+
+
+class Plan:
+    """The calls of earlier forwards up to where they differ, or cannot be told.
+
+    Attributes:
+        steps: The calls.
+
+    Example:
+        >>> from conjopt.measure.layers.uses import Recorder
+        >>> layer, x, plan = torch.nn.Linear(2, 3), torch.ones(5, 2), Plan()
+        >>> for _ in range(2):  # the second follows the first
+        ...     with Recorder(lambda: dict(layer.named_parameters()), [x], list, 5, plan=plan):
+        ...         y = layer(x).relu()
+        >>> [step.function.__name__ for step in plan.steps]
+        ['linear', 'relu']
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self._changes = 0
+
+    @property
+    def grows(self) -> bool:
+        """Whether calls may still be added at the end."""
+        return self._changes < _CHANGES
+
+    def close(self) -> None:
+        """Add no more calls: what follows cannot be told from the calls."""
+        self._changes = _CHANGES
+
+    def change(self, at: int) -> None:
+        """Forget the calls from one on, which was another this time."""
+        del self.steps[at:]
+        self._changes += 1
+
+
+class Followed:
+    """One forward that goes along a plan.
+
+    Args:
+        plan: Of earlier ones.
+        inputs: Tensors of this one's inputs.
+    """
+
+    def __init__(self, plan: Plan, inputs: Iterable[Tensor]) -> None:
+        self._plan: Plan | None = plan
+        self._at = 0
+        self._tensors = [weakref.ref(tensor) for tensor in inputs]  # inputs, then results
+        self._numbers: dict[int, int] | None = None  # of these, by `id`; of use where plans grow
+
+    def step(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Step | None:
+        """Return the step that a call is, if it is the next one."""
+        if self._plan is None:
+            return None
+        steps = self._plan.steps
+        if self._at == len(steps):
+            if not self._plan.grows:
+                self._plan = None
+            return None
+        step = steps[self._at]
+        if (
+            step.function == function
+            and len(args) == len(step.args)
+            and all(map(self._same, args, step.args))
+            and kwargs.keys() == step.kwargs.keys()
+            and all([self._same(kwargs[name], known) for name, known in step.kwargs.items()])
+        ):
+            return step
+        self._plan.change(self._at)
+        return None
+
+    def results(self, step: Step, result: Any) -> list[Tensor] | None:
+        """Return the tensors that a step's call returned, if they are as they were."""
+        if type(result) is step.type:
+            found = [result] if isinstance(result, Tensor) else tensors_of(result)
+            if len(found) == len(step.results) and all(map(_is_as, found, step.results)):
+                self._went(found)
+                return found
+        if self._plan is not None:
+            self._plan.change(self._at)
+        return None
+
+    def add(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
+        found: Found | None,
+        joins: bool,
+        keeps: Callable[[Tensor], bool],
+    ) -> None:
+        """Write a call down that was not in the plan.
+
+        Args:
+            function: What was called.
+            args: What it was given.
+            kwargs: The same by name.
+            result: What it returned.
+            found: What was found out about it; `None` ends the plan.
+            joins: See `Recorder.joins`.
+            keeps: Tells whether the model keeps a tensor.
+        """
+        if self._plan is None:
+            return
+        if self._numbers is None:
+            self._numbers = {}
+            self._number(self._tensors, 0)
+        results = tensors_of(result)
+        try:
+            if found is None:
+                raise TypeError
+            step = Step(
+                function,
+                tuple([self._described(value, keeps) for value in args]),
+                {name: self._described(value, keeps) for name, value in kwargs.items()},
+                type(result),
+                tuple([(t.shape, t.dtype, t.requires_grad) for t in results]),
+                found,
+                joins,
+            )
+        except TypeError:
+            self._plan.close()
+            self._plan = None
+            return
+        self._plan.steps.append(step)
+        self._went(results)
+
+    def _went(self, results: list[Tensor]) -> None:
+        self._at += 1
+        references = [weakref.ref(tensor) for tensor in results]
+        if self._numbers is not None:
+            self._number(references, len(self._tensors))
+        self._tensors += references
+
+    def _number(self, references: list[weakref.ref[Tensor]], start: int) -> None:
+        assert self._numbers is not None
+        for number, reference in enumerate(references, start):
+            if (tensor := reference()) is not None:
+                self._numbers[id(tensor)] = number
+
+    def _same(self, value: Any, known: Any) -> bool:
+        """Whether an argument is the one that was described."""
+        if type(known) is _Given:
+            kept = known.kept
+            tensor = self._tensors[known.number]() if kept is None else kept()
+            return (
+                tensor is not None
+                and value is tensor
+                and tensor.dtype is known.dtype
+                and tensor.requires_grad is known.requires_grad
+                and tensor.shape == known.shape
+            )
+        if type(known) is _Items:
+            if type(value) is not known.type:
+                return False
+            items = (value.start, value.stop, value.step) if known.type is slice else value
+            return len(items) == len(known.items) and all(map(self._same, items, known.items))
+        return value is known or (type(value) is type(known) and bool(value == known))
+
+    def _described(self, value: Any, keeps: Callable[[Tensor], bool]) -> Any:
+        """Describe an argument, to know it again."""
+        if isinstance(value, Tensor):
+            assert self._numbers is not None
+            number, kept = self._numbers.get(id(value), -1), None
+            if number < 0 or self._tensors[number]() is not value:
+                if not keeps(value):
+                    raise TypeError
+                kept = weakref.ref(value)
+            return _Given(number, kept, value.shape, value.dtype, value.requires_grad)
+        if type(value) in SIMPLE:
+            return value
+        if isinstance(value, slice):
+            value = slice, (value.start, value.stop, value.step)
+        elif isinstance(value, tuple | list):
+            value = type(value), value
+        elif isinstance(value, CONSTANT):
+            return value
+        else:  # may change, and is not to be held
+            raise TypeError
+        return _Items(value[0], tuple([self._described(item, keeps) for item in value[1]]))
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """Return the tensors in nested tuples, lists and dicts."""
+    return list(tensors([value]))
+
+
+def _is_as(tensor: Tensor, kind: Kind) -> bool:
+    shape, dtype, requires_grad = kind
+    return tensor.shape == shape and tensor.dtype is dtype and tensor.requires_grad is requires_grad
