@@ -281,7 +281,8 @@ class EnergyProbe:
             self._known[kind] = places_of_inputs(model, args, kwargs, samples)
         if len(self._plans) >= _MOST_KINDS:
             self._plans.clear()
-        plan = self._plans.setdefault((kind, samples), Plan())
+        key = kind, samples, *[(t.dtype, t.requires_grad) for t in tensors]
+        plan = self._plans.setdefault(key, Plan())
         options = (samples, self._stride, self._fused, self._store, plan)
         return Live(model, tensors, self._known[kind], *options)
 
@@ -305,7 +306,7 @@ class EnergyProbe:
 
 
 def _are_tensors(args: Any, kwargs: Any) -> bool:
-    return not kwargs and all([isinstance(value, Tensor) for value in args])
+    return not kwargs and all(isinstance(value, Tensor) for value in args)
 
 
 class _Hook:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conjopt.measure.layers.pieces import Outer, through_places
+from conjopt.measure.layers.pieces import Dense, Outer, through_places
 from conjopt.measure.layers.rules import (
     Cotangents,
     Found,
@@ -108,7 +108,7 @@ def _convolve(
             product = product.unflatten(2, (len(b), -1)).permute(2, 0, 1, 3, 4)
             return [*found, flat(weight, product)]
         if len(b) == 1 and not options[3] and _narrow(b, weight, groups):
-            return [*found, flat(weight, _by_rows(x, b[0], weight, options)[None])]
+            return [*found, (weight, Dense(_by_rows(x, b[0], weight, options)[None]))]
         wide = b.new_empty(1).expand(m * weight.shape[0], *weight.shape[1:])
         inputs = x.reshape(1, -1, *x.shape[2:])
         gradients = [
@@ -154,7 +154,7 @@ def _narrow(b: Tensor, weight: Tensor, groups: int) -> bool:
 
 
 def _by_rows(x: Tensor, b: Tensor, weight: Tensor, options: tuple[Any, ...]) -> Tensor:
-    """Return weight gradients, `(m, *shape)`, by one matrix product for each row of the kernel.
+    """Return weight gradients, `(m, groups, q, *p)`, by a matrix product for each kernel's row.
 
     Only the columns of the kernel are unfolded. What a row of it sees is then one contiguous range,
     as long as rows that are a stride apart lie next to each other.
@@ -170,7 +170,8 @@ def _by_rows(x: Tensor, b: Tensor, weight: Tensor, options: tuple[Any, ...]) -> 
     below = blocks * down - x.shape[2] - padding[0]  # negative where rows are left over
     span = (wide - 1) * stride[1] + (shape[1] - 1) * side + 1
     right = span - x.shape[3] - padding[1]
-    padded = F.pad(x, (padding[1], right, padding[0], below))
+    around = padding[1], right, padding[0], below
+    padded = F.pad(x, around) if any(around) else x
     m, channels, _, _ = padded.shape
     _, by_channel, by_row, by_column = padded.stride()
     seen = padded.as_strided(
@@ -188,7 +189,7 @@ def _by_rows(x: Tensor, b: Tensor, weight: Tensor, options: tuple[Any, ...]) -> 
         part = seen[..., place, block * wide : (block + high) * wide].flatten(2, 3)
         rows.append(part @ left)  # (m, g, c columns, q)
     found = torch.stack(rows, 3).unflatten(2, (-1, shape[1]))  # (m, g, c, columns, rows, q)
-    return found.permute(0, 1, 5, 2, 4, 3).reshape(m, *weight.shape)
+    return found.permute(0, 1, 5, 2, 4, 3)
 
 
 def _unfold(

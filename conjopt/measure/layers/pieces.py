@@ -61,7 +61,10 @@ class Piece(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Dense(Piece):
-    """The gradients themselves, `(k, m, g, q, p)`.
+    """The gradients themselves.
+
+    Attributes:
+        gradients: `(k, m, g, q, p)`, or with several dimensions in the place of the last.
 
     Example:
         >>> from conjopt.measure.layers import Dense
@@ -74,12 +77,12 @@ class Dense(Piece):
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
         """`k, m, g, q, p`."""
-        k, m, g, q, p = self.gradients.shape
-        return k, m, g, q, p
+        k, m, g, q, *p = self.gradients.shape
+        return k, m, g, q, math.prod(p)
 
     def slab(self, start: int, stop: int) -> Tensor:
         """Return a range of the matrices' rows."""
-        return self.gradients[:, :, :, start:stop]
+        return self.gradients[:, :, :, start:stop].flatten(4)
 
     def select(self, rows: Tensor) -> Dense:
         """Return the gradients of some samples."""
@@ -191,7 +194,8 @@ def squared_norms(pieces: Sequence[Piece]) -> Tensor:
     merged = joined(pieces)
     piece = merged[0]
     if len(merged) == 1 and isinstance(piece, Dense):
-        return lengths(piece.gradients[0].flatten(1), 1).square()
+        each = piece.gradients[0]  # not flattened, which would copy what a convolution gives
+        return lengths(each, tuple(range(1, each.ndim))).square()
     if len(merged) != 1 or not isinstance(piece, Outer):
         return sample_gram(merged)[:, 0, 0]
     left, right = piece.left[0], piece.right[0]  # (m, g, t, q), (m, g, t, p)
@@ -202,8 +206,10 @@ def squared_norms(pieces: Sequence[Piece]) -> Tensor:
         return squares if left.shape[1] == 1 else squares.unflatten(0, left.shape[:2]).sum(1)
     if t * (q + p) <= 1.2 * q * p:  # about where it pays on a CPU
         left, right = left.to(_wide(left)), right.to(_wide(right))
-        grams = [(side @ side.mT).flatten(1) for side in (left, right)]
-        return (grams[0].unsqueeze(1) @ grams[1].unsqueeze(2)).flatten()
+        if left.shape[1] == 1:
+            left, right = left.squeeze(1), right.squeeze(1)
+        products = (left @ left.mT) * (right @ right.mT)
+        return products.sum(tuple(range(1, products.ndim)))
     norms = [lengths(slab[0].flatten(1), 1) for slab in slabs(merged)]
     return norms[0].square() if len(norms) == 1 else torch.stack(norms).square().sum(0)
 
@@ -219,6 +225,8 @@ def sum_of(piece: Piece) -> Tensor:
             side[0].transpose(0, 1).flatten(1, 2) for side in (piece.left, piece.right)
         )  # (g, m t, coordinates)
         return left.mT @ right
+    if isinstance(piece, Dense):
+        return piece.gradients[0].sum(0).flatten(2)
     return piece.slab(0, piece.sizes[3])[0].sum(0)
 
 

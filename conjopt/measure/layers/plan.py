@@ -13,7 +13,7 @@ import dataclasses
 import enum
 import numbers
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,21 +51,23 @@ class Found:
     whole: bool = False
     kind: int | None = None
 
-    @property
-    def plain(self) -> bool:
-        """Whether no weights are in the call."""
-        return not self.weights and not self.repeats
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Result:
+    """A tensor argument that is an input or what an earlier call returned, by its number.
+
+    Calls that are the same so far returned tensors of the same shapes and types.
+    """
+
+    number: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Given:
-    """A tensor argument: the result of an earlier call or an input, or one that the model keeps."""
+class _Kept:
+    """A tensor argument that the model keeps; a parameter can be frozen or cast in between."""
 
-    number: int
-    kept: weakref.ref[Tensor] | None
-    shape: torch.Size
-    dtype: torch.dtype
-    requires_grad: bool
+    tensor: weakref.ref[Tensor]
+    kind: Kind
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -88,6 +90,7 @@ class Step:
         results: Shapes, types, and whether they require gradients, of the tensors in that.
         found: What was found out.
         joins: See `Recorder.joins`.
+        plain: Whether it has nothing to do with weights.
     """
 
     function: Callable[..., Any]
@@ -97,6 +100,7 @@ class Step:
     results: tuple[Kind, ...]
     found: Found
     joins: bool
+    plain: bool
 
 
 class Plan:
@@ -104,6 +108,7 @@ class Plan:
 
     Attributes:
         steps: The calls.
+        inputs: Shapes and types of the inputs, and whether they require gradients.
 
     Example:
         >>> from conjopt.measure.layers.uses import Recorder
@@ -117,6 +122,7 @@ class Plan:
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
+        self.inputs: list[Kind] | None = None
         self._changes = 0
 
     @property
@@ -142,8 +148,11 @@ class Followed:
         inputs: Tensors of this one's inputs.
     """
 
-    def __init__(self, plan: Plan, inputs: Iterable[Tensor]) -> None:
-        self._plan: Plan | None = plan
+    def __init__(self, plan: Plan, inputs: Sequence[Tensor]) -> None:
+        kinds = list(map(_kind, inputs))
+        if plan.inputs is None:
+            plan.inputs = kinds
+        self._plan: Plan | None = plan if plan.inputs == kinds else None
         self._at = 0
         self._tensors = [weakref.ref(tensor) for tensor in inputs]  # inputs, then results
         self._numbers: dict[int, int] | None = None  # of these, by `id`; of use where plans grow
@@ -165,7 +174,7 @@ class Followed:
             and len(args) == len(step.args)
             and all(map(self._same, args, step.args))
             and kwargs.keys() == step.kwargs.keys()
-            and all([self._same(kwargs[name], known) for name, known in step.kwargs.items()])
+            and (not kwargs or all(self._same(kwargs[n], k) for n, k in step.kwargs.items()))
         ):
             return step
         self._plan.change(self._at)
@@ -174,7 +183,7 @@ class Followed:
     def results(self, step: Step, result: Any) -> list[Tensor] | None:
         """Return the tensors that a step's call returned, if they are as they were."""
         if type(result) is step.type:
-            found = [result] if isinstance(result, Tensor) else tensors_of(result)
+            found = [result] if step.type is Tensor else tensors_of(result)
             if len(found) == len(step.results) and all(map(_is_as, found, step.results)):
                 self._went(found)
                 return found
@@ -217,9 +226,10 @@ class Followed:
                 tuple([self._described(value, keeps) for value in args]),
                 {name: self._described(value, keeps) for name, value in kwargs.items()},
                 type(result),
-                tuple([(t.shape, t.dtype, t.requires_grad) for t in results]),
+                tuple(map(_kind, results)),
                 found,
                 joins,
+                not found.weights and not found.repeats,
             )
         except TypeError:
             self._plan.close()
@@ -243,16 +253,10 @@ class Followed:
 
     def _same(self, value: Any, known: Any) -> bool:
         """Whether an argument is the one that was described."""
-        if type(known) is _Given:
-            kept = known.kept
-            tensor = self._tensors[known.number]() if kept is None else kept()
-            return (
-                tensor is not None
-                and value is tensor
-                and tensor.dtype is known.dtype
-                and tensor.requires_grad is known.requires_grad
-                and tensor.shape == known.shape
-            )
+        if type(known) is _Result:
+            return value is self._tensors[known.number]() is not None
+        if type(known) is _Kept:
+            return value is known.tensor() is not None and _is_as(value, known.kind)
         if type(known) is _Items:
             if type(value) is not known.type:
                 return False
@@ -264,12 +268,12 @@ class Followed:
         """Describe an argument, to know it again."""
         if isinstance(value, Tensor):
             assert self._numbers is not None
-            number, kept = self._numbers.get(id(value), -1), None
-            if number < 0 or self._tensors[number]() is not value:
-                if not keeps(value):
-                    raise TypeError
-                kept = weakref.ref(value)
-            return _Given(number, kept, value.shape, value.dtype, value.requires_grad)
+            number = self._numbers.get(id(value), -1)
+            if number >= 0 and self._tensors[number]() is value:
+                return _Result(number)
+            if not keeps(value):
+                raise TypeError
+            return _Kept(weakref.ref(value), _kind(value))
         if type(value) in SIMPLE:
             return value
         if isinstance(value, slice):
@@ -286,6 +290,10 @@ class Followed:
 def tensors_of(value: Any) -> list[Tensor]:
     """Return the tensors in nested tuples, lists and dicts."""
     return list(tensors([value]))
+
+
+def _kind(tensor: Tensor) -> Kind:
+    return tensor.shape, tensor.dtype, tensor.requires_grad
 
 
 def _is_as(tensor: Tensor, kind: Kind) -> bool:

@@ -26,6 +26,22 @@ Lists = tuple[list[Tensor], ...]
 # A program and the lengths of the lists that it returns together; of no lists if there can be none.
 _KNOWN: dict[Hashable, tuple[Callable[..., tuple[Tensor, ...]] | None, list[int]]] = {}
 _MOST = 2**12
+_ATEN = torch.ops.aten
+# The same operations by functions that take half as long to call.
+_QUICK = {
+    _ATEN.add.Tensor: torch.add,
+    _ATEN.bmm.default: torch.bmm,
+    _ATEN.cat.default: torch.cat,
+    _ATEN.clone.default: torch.clone,
+    _ATEN.linalg_vector_norm.default: torch.linalg.vector_norm,
+    _ATEN.mm.default: torch.mm,
+    _ATEN.mul.Tensor: torch.mul,
+    _ATEN.native_layer_norm.default: torch.native_layer_norm,
+    _ATEN.pow.Tensor_Scalar: torch.pow,
+    _ATEN.stack.default: torch.stack,
+    _ATEN.sub.Tensor: torch.sub,
+    _ATEN.sum.dim_IntList: torch.sum,
+}
 _REFUSED = {
     torch.Tag.data_dependent_output,
     torch.Tag.dynamic_output_shape,
@@ -154,7 +170,8 @@ class Recording(TorchDispatchMode):
         if key in self._done:
             self._shared.add(self._done[key])
         else:
-            self._done[key] = self._graph.call_function(function, args, kwargs)
+            quick = _QUICK.get(function, function)
+            self._done[key] = self._graph.call_function(quick, args, kwargs)
         return self._done[key]
 
     def _made_by(self, value: Any) -> Node | None:
@@ -182,14 +199,17 @@ class Recording(TorchDispatchMode):
             return node
         key = node, how
         if key not in self._views:
-            self._views[key] = self._graph.call_function(_view, (node, *how))
+            size, stride, offset = how
+            self._views[key] = (
+                self._graph.call_function(_view, (node, size, stride, offset))
+                if offset
+                else self._graph.call_function(torch.as_strided, (node, size, stride))
+            )
         return self._views[key]
 
 
 def _view(tensor: Tensor, size: Any, stride: Any, offset: int) -> Tensor:
-    if offset:
-        return tensor.as_strided(size, stride, tensor.storage_offset() + offset)
-    return tensor.as_strided(size, stride)
+    return tensor.as_strided(size, stride, tensor.storage_offset() + offset)
 
 
 def _reads_only(function: Any) -> bool:

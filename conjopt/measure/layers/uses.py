@@ -111,7 +111,7 @@ class Recorder(TorchFunctionMode):
             return function(*args, **kwargs)
         step = None if self._followed is None else self._followed.step(function, args, kwargs)
         if step is not None:
-            found, given = step.found, [] if step.found.plain else _unique(args, kwargs)
+            found, given = step.found, [] if step.plain else _unique(args, kwargs)
             weights = [given[i] for i in found.weights]
             result = self.call(function, args, kwargs, weights, step.joins)
             result = _apart(result) if weights else result
@@ -120,7 +120,8 @@ class Recorder(TorchFunctionMode):
             if results is not None:
                 for tensor, at in zip(results, found.places, strict=True):
                     self._put(tensor, at)
-                self._apply(function, args, kwargs, given, results, found)
+                if not step.plain:
+                    self._apply(function, args, kwargs, given, results, found)
                 return result
             joins = step.joins
         given = _given(args, kwargs)
