@@ -313,22 +313,16 @@ class Live(Recorder):
 
     def _alone(self, weight: Tensor) -> bool:
         """Whether no other use adds to a weight's gradients."""
-        if self._counts[id(weight)] != 1:
-            return False
-        return not self.bases or (id(weight) not in self.bases and not self._is_base(weight))
+        return self._counts[id(weight)] == 1 and id(weight) not in self.related
 
     def _keep(self, weight: Tensor, piece: Piece) -> None:
-        bases = self.bases.get(id(weight))
-        if bases is None:
+        if id(weight) not in self.bases:
             self._kept.setdefault(id(weight), []).append(piece)
             return
         with torch.enable_grad():
-            found = list(through(weight, bases, piece))
+            found = list(through(weight, self, piece))
         for base, dense in found:
             self._kept.setdefault(id(base), []).append(dense)
-
-    def _is_base(self, weight: Tensor) -> bool:
-        return any(weight is base for bases in self.bases.values() for base in bases)
 
     def _finish(self) -> None:
         with torch.no_grad():

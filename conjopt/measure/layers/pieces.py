@@ -271,9 +271,16 @@ def sample_gram(pieces: Sequence[Piece]) -> Tensor:
     total: Tensor | int = 0
     for slab in slabs(merged):
         x = slab.flatten(2).transpose(0, 1)  # (m, k, coordinates)
-        total = total + x @ x.mT
+        total = total + _products(x, x)
     assert isinstance(total, Tensor)
     return total
+
+
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    """Return `x y^T`, `(..., k, k)`, of `(..., k, coordinates)`."""
+    if x.shape[-2] == 1:  # for which matrix products have no fast kernel on a CPU
+        return (x * y).sum(-1, keepdim=True)
+    return x @ y.mT
 
 
 def batch_gram(pieces: Sequence[Piece]) -> Tensor:
@@ -380,7 +387,7 @@ def _outer_gram(piece: Outer) -> Tensor:
         grams = []
         for side in (left, right):
             x = side.squeeze(3).permute(1, 2, 0, 3)  # (m, g, k or 1, coordinates)
-            grams.append(x @ x.mT)
+            grams.append(_products(x, x))
         return (grams[0] * grams[1]).sum(1)
     both = left.shape[0] == right.shape[0] > 1
     if left.shape[0] < right.shape[0]:
@@ -389,23 +396,23 @@ def _outer_gram(piece: Outer) -> Tensor:
         total: Tensor | int = 0
         for slab in slabs([piece]):
             x = slab.flatten(2).transpose(0, 1)
-            total = total + x @ x.mT
+            total = total + _products(x, x)
         assert isinstance(total, Tensor)
         return total
     between = right[0] @ right[0].mT  # (m, g, t, t)
     if left.shape[2] == 1 and left.stride(3) == 1:  # as convolutions have it: one product for all k
         rows = left[:, :, 0].permute(1, 0, 3, 2).flatten(1, 2)  # (m, k q, t)
         moved, rows = (x.reshape(len(x), len(left), -1) for x in (rows @ between[:, 0], rows))
-        return moved @ rows.mT
+        return _products(moved, rows)
     moved = (between @ left).transpose(0, 1).flatten(2)  # (m, k, g t q)
-    return moved @ left.transpose(0, 1).flatten(2).mT
+    return _products(moved, left.transpose(0, 1).flatten(2))
 
 
 def _lookup_gram(piece: Lookup) -> Tensor:
     """Inner products within samples: places count together where they look up the same row."""
     same = (piece.index.unsqueeze(2) == piece.index.unsqueeze(1)).to(piece.right.dtype)
     moved = (same @ piece.right).transpose(0, 1).flatten(2)
-    return moved @ piece.right.transpose(0, 1).flatten(2).mT
+    return _products(moved, piece.right.transpose(0, 1).flatten(2))
 
 
 def _cross(table: Lookup, dense: Outer) -> Tensor:

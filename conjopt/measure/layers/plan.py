@@ -177,19 +177,23 @@ class Followed:
             and (not kwargs or all(self._same(kwargs[n], k) for n, k in step.kwargs.items()))
         ):
             return step
-        self._plan.change(self._at)
+        self.leave()
         return None
 
     def results(self, step: Step, result: Any) -> list[Tensor] | None:
         """Return the tensors that a step's call returned, if they are as they were."""
         if type(result) is step.type:
-            found = [result] if step.type is Tensor else tensors_of(result)
+            found = [result] if isinstance(result, Tensor) else tensors_of(result)
             if len(found) == len(step.results) and all(map(_is_as, found, step.results)):
                 self._went(found)
                 return found
+        self.leave()
+        return None
+
+    def leave(self) -> None:
+        """Forget the next step, which is another this time."""
         if self._plan is not None:
             self._plan.change(self._at)
-        return None
 
     def add(
         self,
@@ -253,16 +257,17 @@ class Followed:
 
     def _same(self, value: Any, known: Any) -> bool:
         """Whether an argument is the one that was described."""
-        if type(known) is _Result:
+        kind: Any = type(known)
+        if kind is _Result:
             return value is self._tensors[known.number]() is not None
-        if type(known) is _Kept:
+        if kind is _Kept:
             return value is known.tensor() is not None and _is_as(value, known.kind)
-        if type(known) is _Items:
+        if kind is _Items:
             if type(value) is not known.type:
                 return False
             items = (value.start, value.stop, value.step) if known.type is slice else value
             return len(items) == len(known.items) and all(map(self._same, items, known.items))
-        return value is known or (type(value) is type(known) and bool(value == known))
+        return value is known or (type(value) is kind and bool(value == known))
 
     def _described(self, value: Any, keeps: Callable[[Tensor], bool]) -> Any:
         """Describe an argument, to know it again."""

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from conjopt.measure.layers.layout import LOST, MIXED, Samples
 from conjopt.measure.layers.layout import tensors as tensors_in
-from conjopt.measure.layers.pieces import BUDGET, Dense, Piece
+from conjopt.measure.layers.pieces import BUDGET, Dense, Lookup, Piece
 from conjopt.measure.layers.rules import pieces_of
 from conjopt.measure.layers.uses import Recorder, Use
 from conjopt.measure.replay import Replay, refuse_reentrant, renormalised
@@ -148,7 +148,7 @@ class Tape:
         refuse_mixed(self._recorder, self.outputs)
         for made in self._recorder.made:
             for piece in found.pop(id(made), []):
-                for parameter, gradient in through(made, self._recorder.bases[id(made)], piece):
+                for parameter, gradient in through(made, self._recorder, piece):
                     found.setdefault(id(parameter), []).append(gradient)
         for name, parameter in self._parameters.items():
             if pieces := found.pop(id(parameter), None):
@@ -206,15 +206,21 @@ def refuse_mixed(recorder: Recorder, outputs: Sequence[Tensor]) -> None:
             raise RuntimeError(MIXED.format("the outputs"))
 
 
-def through(made: Tensor, bases: list[Tensor], piece: Piece) -> Iterator[tuple[Tensor, Piece]]:
+def through(made: Tensor, recorder: Recorder, piece: Piece) -> Iterator[tuple[Tensor, Piece]]:
     """Carry gradients of a made tensor on to the parameters that it was made of.
 
     Args:
         made: With its graph.
-        bases: Parameters.
+        recorder: Which knows the parameters.
         piece: Its per-sample gradients.
     """
     k, m, _, q, _ = piece.sizes
+    bases, index = recorder.bases[id(made)], recorder.looked_up.get(id(made))
+    if index is not None:
+        right = piece.slab(0, q).reshape(k, m, -1, made.shape[-1])
+        (table,) = bases
+        yield table, Lookup(index.reshape(1, -1).expand(m, -1), right, len(table))
+        return
     gradients = piece.slab(0, q).reshape(k * m, *made.shape)
     size = max(1, BUDGET // max(1, sum(base.numel() for base in bases)))
     parts = [

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
@@ -32,7 +33,7 @@ from conjopt.measure.layers.layout import (
     repeated,
     tensors,
 )
-from conjopt.measure.layers.plan import CONSTANT, SIMPLE, Followed, Found, Plan
+from conjopt.measure.layers.plan import CONSTANT, SIMPLE, Followed, Found, Plan, tensors_of
 from conjopt.measure.layers.use import INTEGERS, LAYOUTS, Use
 
 __all__ = ["Recorder", "Use"]
@@ -53,6 +54,8 @@ class Recorder(TorchFunctionMode):
         uses: The uses so far.
         made: Tensors that were computed from parameters alone.
         bases: By the `id` of a made tensor, the parameters that it may have been made of.
+        related: The `id` of all that were made of others, and of what they were made of.
+        looked_up: By the `id` of one whose rows were looked up in a parameter, their numbers.
     """
 
     def __init__(
@@ -69,6 +72,8 @@ class Recorder(TorchFunctionMode):
         self.uses: list[Use] = []
         self.made: list[Tensor] = []
         self.bases: dict[int, list[Tensor]] = {}
+        self.related: set[int] = set()
+        self.looked_up: dict[int, Tensor] = {}
         self._parameters = parameters
         if plan is None or not plan.steps:
             _ = self._weights  # which may refuse
@@ -109,25 +114,32 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.samples == 0:
             return function(*args, **kwargs)
-        step = None if self._followed is None else self._followed.step(function, args, kwargs)
-        if step is not None:
-            found, given = step.found, [] if step.plain else _unique(args, kwargs)
-            weights = [given[i] for i in found.weights]
-            result = self.call(function, args, kwargs, weights, step.joins)
-            result = _apart(result) if weights else result
-            assert self._followed is not None
-            results = self._followed.results(step, result)
-            if results is not None:
-                for tensor, at in zip(results, found.places, strict=True):
-                    self._put(tensor, at)
-                if not step.plain:
-                    self._apply(function, args, kwargs, given, results, found)
-                return result
-            joins = step.joins
+        followed = self._followed
+        if followed is None or (step := followed.step(function, args, kwargs)) is None:
+            return self._anew(function, args, kwargs)
+        given = [] if step.plain else _unique(args, kwargs)
+        if not step.plain and len(given) < len(step.found.along):  # two are now the same one
+            followed.leave()
+            return self._anew(function, args, kwargs)
+        weights = [given[i] for i in step.found.weights]
+        result = self.call(function, args, kwargs, weights, step.joins)
+        result = _apart(result) if weights else result
+        results = followed.results(step, result)
+        if results is None:
+            return self._noted(function, args, kwargs, result, step.joins)
+        for tensor, at in zip(results, step.found.places, strict=True):
+            self._put(tensor, at)
+        if not step.plain:
+            self._apply(function, args, kwargs, given, results, step.found)
+        return result
+
+    def _anew(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call a function that is not the next one of the plan."""
         given = _given(args, kwargs)
         weights = [tensor for tensor in given if id(tensor) in self._weights]
         assigns = function is Tensor.__setitem__
-        seen: Found | None = None
         if weights and (assigns or _writes(function)) and torch.is_grad_enabled():
             target, before = args[0], args[0].clone()
             if id(target) in self._weights:
@@ -139,28 +151,43 @@ class Recorder(TorchFunctionMode):
             result = function(*args, **kwargs)
             self._follow_write(target)
             plain = _assigned if assigns else getattr(Tensor, plain_name(function), function)
-            given_before = before, *args[1:]
-            self._note(plain, given_before, kwargs, weights, [target], _given(given_before, kwargs))
+            args = (before, *args[1:])
+            self._note(plain, args, kwargs, weights, [target], _given(args, kwargs))
             self._write_down(function, args, kwargs, result, None)
             return result
-        held = self.where(args[0]) if assigns else None
-        if step is None:
-            joins = self.joins(function, args, kwargs, weights)
-            result = self.call(function, args, kwargs, weights, joins)
-            result = _apart(result) if weights else result
         if assigns:
+            held = self.where(args[0])
+            result = function(*args, **kwargs)
             self._follow_write(args[0])
             self._assign(args[0], args[1], args[2], held)
-        elif isinstance(result, Tensor | tuple | list) and type(result) is not torch.Size:
+            self._write_down(function, args, kwargs, result, None)
+            return result
+        joins = self.joins(function, args, kwargs, weights)
+        result = self.call(function, args, kwargs, weights, joins)
+        return self._noted(function, args, kwargs, _apart(result) if weights else result, joins)
+
+    def _noted(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
+        joins: bool,
+    ) -> Any:
+        """Find out about a call that was made, write it down, and return its result."""
+        found: Found | None = None
+        if isinstance(result, Tensor | tuple | list) and type(result) is not torch.Size:
             results = [result] if isinstance(result, Tensor) else list(tensors(result))
-            seen = self._note(function, args, kwargs, weights, results, given)
+            given = _given(args, kwargs)
+            weights = [tensor for tensor in given if id(tensor) in self._weights]
+            found = self._note(function, args, kwargs, weights, results, given)
             if given and result is given[0] and result._base is not None:
                 self._follow_write(result)
                 self._written(result._base)
-                seen = None
-        else:
-            seen = Found([])
-        self._write_down(function, args, kwargs, result, seen, joins)
+                found = None
+        elif not tensors_of(result):
+            found = Found([])
+        self._write_down(function, args, kwargs, result, found, joins)
         return result
 
     def _write_down(
@@ -227,6 +254,7 @@ class Recorder(TorchFunctionMode):
         """Keep a tensor as made of weights."""
         bases = [b for w in weights for b in self.bases.get(id(w), [w])]
         self.bases[id(tensor)] = list({id(base): base for base in bases}.values())
+        self.related.update(map(id, (tensor, *bases)))
         if id(tensor) not in self._weights:
             self._weights[id(tensor)] = tensor
             self.made.append(tensor)
@@ -303,6 +331,11 @@ class Recorder(TorchFunctionMode):
         if found.made:
             for tensor in [t for t in results if t.requires_grad]:
                 self._make(tensor, weights)
+                self.looked_up.pop(id(tensor), None)  # it may have been written to
+                if function is F.embedding:
+                    index, table = _looked_up(args, kwargs)
+                    if table is weights[0] and id(table) not in self.bases:
+                        self.looked_up[id(tensor)] = index
                 if plain_name(function) in _REPEATS and (
                     at := repeated(tensor, args[0], self.samples)
                 ):
@@ -503,6 +536,9 @@ _WRITES: dict[Any, bool] = {}
 _FOLLOWED: dict[Any, tuple[list[Samples | None], list[Samples | None], bool, int]] = {}
 _KINDS = itertools.count()
 _WITHOUT_SAMPLES = frozenset((None, RANGE))
+_EMBEDDING = (  # its arguments
+    *("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+)
 _REPEATS = ("expand", "expand_as", "broadcast_to", "repeat", "tile")
 
 
@@ -516,6 +552,14 @@ def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         ):
             found.extend(tensors([value]))
     return found
+
+
+def _looked_up(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Return what an embedding is given and its table; no table if it does more than look up."""
+    given = dict(zip(_EMBEDDING, args, strict=False)) | kwargs
+    more = given.get("padding_idx") is not None or given.get("max_norm") is not None
+    more = more or given.get("scale_grad_by_freq", False) or given.get("sparse", False)
+    return given["input"], None if more else given["weight"]
 
 
 def _unique(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
