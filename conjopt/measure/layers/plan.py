@@ -165,8 +165,6 @@ class Followed:
             return None
         steps = self._plan.steps
         if self._at == len(steps):
-            if not self._plan.grows:
-                self._plan = None
             return None
         step = steps[self._at]
         if (
@@ -216,7 +214,8 @@ class Followed:
             joins: See `Recorder.joins`.
             keeps: Tells whether the model keeps a tensor.
         """
-        if self._plan is None:
+        if self._plan is None or not self._plan.grows:
+            self._plan = None
             return
         if self._numbers is None:
             self._numbers = {}

@@ -1,0 +1,289 @@
+"""Forwards that go along the calls of earlier ones: the same norms, and nothing found out twice."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from conjopt.measure import EnergyProbe
+from conjopt.measure import per_sample_gradient_norms as norms_of
+from conjopt.measure.layers import plan
+from conjopt.measure.layers.plan import Plan
+from conjopt.measure.layers.uses import Recorder
+
+CRITERION = nn.CrossEntropyLoss()
+Y = torch.tensor([0, 1, 2, 1, 0, 2])
+
+
+class Attending(nn.Module):
+    """Learned positions, a learned first place, chunks, and a module that returns two tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(9, 4), nn.Embedding(5, 4)
+        self.first = nn.Parameter(torch.randn(1, 1, 4))
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.gate, self.head = nn.Linear(4, 8), nn.Linear(4, 3)
+        self.register_buffer("scale", torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.words(x) + self.places(torch.arange(x.shape[1])) * self.scale
+        h = torch.cat([self.first.expand(len(x), -1, -1), h], 1)
+        h = h + self.attention(h, h, h, need_weights=False)[0]
+        a, b = self.gate(h).chunk(2, -1)
+        return self.head((a * b.sigmoid())[:, 0, ...])
+
+
+class Normalised(nn.Module):
+    """Weights that are made of others, also by writing, and by looking rows up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.utils.parametrizations.weight_norm(nn.Linear(4, 5))
+        self.table, self.scale = nn.Embedding(7, 3), nn.Parameter(torch.ones(3))
+        self.padded = nn.Embedding(7, 3, padding_idx=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.tensor([0, 2, 2, 5, 1])
+        made = self.table(rows).mul_(2) + self.padded(rows) + self.table.weight[:5] * self.scale
+        return torch.tanh(self.inner(x)) @ (made + self.table(rows))
+
+
+class Writing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(x.shape)
+        h[:, 1:] = self.inner(x)[:, 1:]
+        return self.head(F.relu(h.mul_(2), inplace=True))
+
+
+MODELS = {
+    "attending": (Attending, torch.randint(9, (6, 5))),
+    "normalised": (Normalised, torch.randn(6, 4, dtype=torch.float64)),
+    "writing": (Writing, torch.randn(6, 4, dtype=torch.float64)),
+    "convolutional": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(inplace=True), nn.GroupNorm(1, 3),
+            nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 3),
+        ),
+        torch.randn(6, 2, 4, 4, dtype=torch.float64),
+    ),
+    "recurrent": (
+        lambda: nn.Sequential(nn.LSTM(4, 3, batch_first=True), Last()),
+        torch.randn(6, 5, 4, dtype=torch.float64),
+    ),
+}  # fmt: skip
+
+
+class Last(nn.Module):
+    def forward(self, x: tuple[Tensor, object]) -> Tensor:
+        return x[0][:, -1]
+
+
+def check(model: nn.Module, probe: EnergyProbe, x: Tensor, y: Tensor = Y, **named: object) -> None:
+    model.zero_grad()
+    CRITERION(model(x, **named), y).backward()
+    twin = copy.deepcopy(model)
+    inputs = {"x": x, **named} if named else x
+    rtol = 1e-12 if next(model.parameters()).dtype == torch.float64 else 1e-4
+    assert_close(probe.norms, norms_of(twin, CRITERION, inputs, y), rtol=rtol, atol=1e-14)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_forwards_along_a_plan_give_the_same(name, fused):
+    torch.manual_seed(0)
+    build, x = MODELS[name]
+    model = build().double()
+    probe = EnergyProbe(model, fused=fused)
+    for _ in range(5):
+        check(model, probe, x)
+        x = x.roll(1, 0)
+
+
+@pytest.mark.parametrize("name", ["attending", "convolutional"])
+def test_nothing_is_found_out_twice(name, monkeypatch):
+    anew: list[object] = []
+    found = Recorder._anew
+    monkeypatch.setattr(
+        Recorder,
+        "_anew",
+        lambda self, function, *given: anew.append(function) or found(self, function, *given),
+    )
+    build, x = MODELS[name]
+    model = build().double()
+    EnergyProbe(model)
+    for number in range(4):
+        anew.clear()
+        CRITERION(model(x), Y).backward()
+        assert bool(anew) == (number == 0)
+
+
+class Changing(nn.Module):
+    """What it does depends on attributes; the sizes are the same throughout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+        self.register_buffer("shift", torch.ones(6))
+        self.dim, self.first, self.scale, self.by = 1, True, 2.0, [1, 0]
+        self.stop = False
+
+    def forward(self, x: Tensor, twice: bool = False) -> Tensor:
+        h = (self.a if self.first else self.b)(x)
+        if self.stop:
+            raise ValueError("stop")
+        h = torch.tanh(h * self.scale + self.shift)
+        if twice:
+            h = self.a(h)
+        h = h.softmax(self.dim if self.dim == 1 else -1)
+        h = torch.cat([h, x][:: self.by[0]], 1)[:, :6]
+        return self.head(h[:, slice(self.by[1], self.by[1] + 6)].contiguous())
+
+
+CHANGES = {
+    "another module": lambda m: setattr(m, "first", not m.first),
+    "another number": lambda m: setattr(m, "scale", m.scale + 1),
+    "a number of another type": lambda m: setattr(m, "scale", int(m.scale)),
+    "another order": lambda m: m.by.__setitem__(0, -m.by[0]),
+    "another buffer": lambda m: setattr(m, "shift", torch.randn_like(m.shift)),
+    "a buffer written to": lambda m: m.shift.normal_(),
+    "another weight": lambda m: setattr(m.a, "weight", nn.Parameter(torch.randn_like(m.a.weight))),
+    "the same weight": lambda m: setattr(m.b, "weight", m.a.weight),
+    "a frozen weight": lambda m: m.a.weight.requires_grad_(not m.a.weight.requires_grad),
+    "a frozen module": lambda m: m.b.requires_grad_(False),
+    "another type": lambda m: m.float() if m.a.weight.dtype is torch.float64 else m.double(),
+    "another layer": lambda m: setattr(m, "head", nn.Linear(6, 3, dtype=m.a.weight.dtype)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_forward_that_changes_is_looked_at_anew(change):
+    torch.manual_seed(0)
+    model = Changing().double()
+    probe = EnergyProbe(model)
+    for number in range(8):
+        x = torch.randn(6, 6, dtype=model.a.weight.dtype)
+        check(model, probe, x)
+        if number % 2:
+            CHANGES[change](model)
+
+
+def test_inputs_of_other_kinds():
+    torch.manual_seed(0)
+    model = Changing().double()
+    probe = EnergyProbe(model)
+    for samples in (6, 5, 6, 1, 2, 6, 5):
+        for needs in (False, True):
+            for twice in (False, True):
+                x = torch.randn(samples, 6, dtype=torch.float64, requires_grad=needs)
+                check(model, probe, x, Y[:samples], twice=twice)
+
+
+def test_a_forward_that_stops_half_way_leaves_the_plan_right():
+    torch.manual_seed(0)
+    model = Changing().double()
+    probe = EnergyProbe(model)
+    for stop in (True, False, True, False, False):
+        model.stop = stop
+        x = torch.randn(6, 6, dtype=torch.float64)
+        if stop and probe.norms is not None:
+            with pytest.raises(ValueError, match="stop"):
+                model(x)
+        else:
+            model.stop = False
+            check(model, probe, x)
+
+
+class Copying(nn.Module):
+    """Two tensors of which one may be the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        other = x.contiguous()
+        return torch.addcmul(x, other, self.scale)[:, :3]
+
+
+def test_two_tensors_may_be_one_the_next_time():
+    torch.manual_seed(0)
+    for order in ((0, 1, 1), (1, 0, 0)):
+        model = Copying().double()
+        probe = EnergyProbe(model)
+        for whole in order:
+            x = torch.randn(6, 12, dtype=torch.float64)[:, ::2]
+            check(model, probe, x.contiguous() if whole else x)
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Bilinear(3, 3, 3)
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        return self.mix(x, other)
+
+
+def test_two_inputs_may_be_one_the_next_time():
+    torch.manual_seed(0)
+    model = Pair().double()
+    probe = EnergyProbe(model)
+    x, other = torch.randn(2, 6, 3, dtype=torch.float64)
+    for second in (other, x, other, x, x):
+        CRITERION(model(x, second), Y).backward()
+        expected = norms_of(model, CRITERION, (x, second.clone()), Y)
+        assert_close(probe.norms, expected, rtol=1e-12, atol=0)
+
+
+def test_a_plan_that_keeps_changing_is_given_up(monkeypatch):
+    monkeypatch.setattr(plan, "_CHANGES", 3)
+    model = Changing().double()
+    probe = EnergyProbe(model)
+    for _ in range(6):
+        model.scale += 1
+        check(model, probe, torch.randn(6, 6, dtype=torch.float64))
+    (known,) = probe._plans.values()
+    assert not known.grows
+    assert [step.function for step in known.steps] == [F.linear]
+
+
+def test_a_plan_holds_no_tensors():
+    model, x = MODELS["attending"][0](), MODELS["attending"][1]
+    probe = EnergyProbe(model)
+    CRITERION(model(x), Y).backward()
+    (known,) = probe._plans.values()
+    described = [v for step in known.steps for v in (*step.args, *step.kwargs.values())]
+    assert len(known.steps) > 10
+    assert not [value for value in described if isinstance(value, Tensor)]
+
+
+def test_plans_of_many_kinds_are_dropped(monkeypatch):
+    monkeypatch.setattr("conjopt.measure.energy._MOST_KINDS", 3)
+    model = nn.Linear(2, 3)
+    probe = EnergyProbe(model)
+    for samples in range(1, 9):
+        CRITERION(model(torch.randn(samples, 2)), Y[:1].expand(samples)).backward()
+        assert len(probe._plans) <= 3
+
+
+def test_a_recorder_with_a_plan_records_the_same():
+    torch.manual_seed(0)
+    model, x = MODELS["attending"]
+    model, known = model(), Plan()
+    seen = []
+    for _ in range(3):
+        recorder = Recorder(lambda: dict(model.named_parameters()), [x], list, len(x), plan=known)
+        with recorder:
+            output = model(x)
+        seen.append([(u.function, u.places, u.whole, u.kind, u.shapes) for u in recorder.uses])
+        assert recorder.where(output) == (0, 1)
+    assert seen[0] == seen[1] == seen[2]
