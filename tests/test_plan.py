@@ -52,6 +52,18 @@ class Normalised(nn.Module):
         return torch.tanh(self.inner(x)) @ (made + self.table(rows))
 
 
+class Looking(nn.Module):
+    """Rows that are looked up, and meet samples as they are, written to, or padded."""
+
+    def __init__(self, more: dict[str, object], writes: bool = False) -> None:
+        super().__init__()
+        self.table, self.writes = nn.Embedding(7, 3, **more), writes
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.table(torch.tensor([0, 2, 2, 1]))
+        return x @ (made.mul_(2) if self.writes else made)
+
+
 class Writing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -66,6 +78,13 @@ class Writing(nn.Module):
 MODELS = {
     "attending": (Attending, torch.randint(9, (6, 5))),
     "normalised": (Normalised, torch.randn(6, 4, dtype=torch.float64)),
+    "looking up": (lambda: Looking({}), torch.randn(6, 4, dtype=torch.float64)),
+    "padded": (lambda: Looking({"padding_idx": 2}), torch.randn(6, 4, dtype=torch.float64)),
+    "written to": (lambda: Looking({}, writes=True), torch.randn(6, 4, dtype=torch.float64)),
+    "scaled": (
+        lambda: nn.Sequential(nn.Linear(4, 4), Looking({"scale_grad_by_freq": True})),
+        torch.randn(6, 4, dtype=torch.float64),
+    ),
     "writing": (Writing, torch.randn(6, 4, dtype=torch.float64)),
     "convolutional": (
         lambda: nn.Sequential(
@@ -134,10 +153,11 @@ class Changing(nn.Module):
         self.head = nn.Linear(6, 3)
         self.register_buffer("shift", torch.ones(6))
         self.dim, self.first, self.scale, self.by = 1, True, 2.0, [1, 0]
-        self.stop = False
+        self.stop, self.trains = False, True
 
     def forward(self, x: Tensor, twice: bool = False) -> Tensor:
-        h = (self.a if self.first else self.b)(x)
+        with torch.set_grad_enabled(self.trains):
+            h = (self.a if self.first else self.b)(x)
         if self.stop:
             raise ValueError("stop")
         h = torch.tanh(h * self.scale + self.shift)
@@ -160,6 +180,7 @@ CHANGES = {
     "a frozen weight": lambda m: m.a.weight.requires_grad_(not m.a.weight.requires_grad),
     "a frozen module": lambda m: m.b.requires_grad_(False),
     "another type": lambda m: m.float() if m.a.weight.dtype is torch.float64 else m.double(),
+    "without gradients": lambda m: setattr(m, "trains", not m.trains),
     "another layer": lambda m: setattr(m, "head", nn.Linear(6, 3, dtype=m.a.weight.dtype)),
 }
 
@@ -174,6 +195,68 @@ def test_a_forward_that_changes_is_looked_at_anew(change):
         check(model, probe, x)
         if number % 2:
             CHANGES[change](model)
+
+
+class Turning(nn.Module):
+    """As many samples as places and channels: what is called with what decides where they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.grid = nn.Parameter(torch.randn(4, 4))
+        self.turned, self.mixed = False, False
+
+    def way(self, h: Tensor) -> Tensor:
+        return torch.transpose(h, 0, int(self.turned))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.way(torch.tanh(self.inner(self.way(x))))
+        mean = h.mean(0)
+        return self.head(h @ (mean if self.mixed else self.grid)).mean(1)
+
+
+class ByName(Turning):
+    def way(self, h: Tensor) -> Tensor:
+        return torch.transpose(h, dim0=0, dim1=int(self.turned))
+
+
+class ByItems(Turning):
+    def way(self, h: Tensor) -> Tensor:
+        return torch.permute(h, (1, 0, 2) if self.turned else (0, 1, 2))
+
+
+class ByFunction(Turning):
+    def way(self, h: Tensor) -> Tensor:
+        return (Tensor.adjoint if self.turned else Tensor.clone)(h.permute(1, 2, 0)).permute(
+            *((1, 2, 0) if self.turned else (2, 0, 1))
+        )
+
+
+class ByAnother(Turning):
+    def way(self, h: Tensor) -> Tensor:
+        ways = [h, h.transpose(0, 1)]
+        return ways[self.turned] * 2
+
+
+@pytest.mark.parametrize("kind", [Turning, ByName, ByItems, ByFunction, ByAnother])
+def test_samples_may_be_elsewhere_the_next_time(kind):
+    torch.manual_seed(0)
+    model = kind().double()
+    probe = EnergyProbe(model)
+    for turned in (False, False, True, True, False, True):
+        model.turned = turned
+        check(model, probe, torch.randn(4, 4, 4, dtype=torch.float64), Y[:4])
+
+
+def test_samples_in_the_place_of_a_weight_are_noticed():
+    torch.manual_seed(0)
+    model = Turning().double()
+    probe = EnergyProbe(model)
+    for _ in range(3):
+        check(model, probe, torch.randn(6, 4, 4, dtype=torch.float64))
+    model.mixed = True
+    with pytest.raises(RuntimeError, match="samples meet each other"):
+        model(torch.randn(6, 4, 4, dtype=torch.float64))
 
 
 def test_inputs_of_other_kinds():
