@@ -358,7 +358,7 @@ def test_a_plan_that_keeps_changing_is_given_up(monkeypatch):
         check(model, probe, torch.randn(6, 6, dtype=torch.float64))
     (known,) = probe._plans.values()
     assert not known.grows
-    assert known.steps[-1].function is F.linear
+    assert [step.function for step in known.steps].count(F.linear) == 1  # of three
 
 
 def test_a_plan_holds_no_tensors():
