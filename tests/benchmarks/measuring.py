@@ -155,6 +155,7 @@ def ways(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[], Tenso
         "probe, all rows": probed(),
         "probe, all rows, fused": probed(fused=True),
         "probe, a quarter of the rows": probed(share=0.25),
+        "probe, a quarter of the rows, fused": probed(share=0.25, fused=True),
         "probe, a quarter, every second step": probed(share=0.25, every=2),
         **peers(model, x, y),
     }
