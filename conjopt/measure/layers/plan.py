@@ -9,12 +9,11 @@ out holds again. From the first call that is another, the calls are looked at an
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import numbers
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +28,7 @@ _CHANGES = 16  # after so many a plan grows no more
 Kind = tuple[torch.Size, torch.dtype, bool]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Found:
+class Found(NamedTuple):
     """What was found out about a call.
 
     Attributes:
@@ -44,7 +42,7 @@ class Found:
     """
 
     places: list[Samples | None]
-    along: list[Samples | None] = dataclasses.field(default_factory=list)
+    along: Sequence[Samples | None] = ()
     weights: tuple[int, ...] = ()
     repeats: tuple[tuple[int, Samples], ...] = ()
     made: bool = False
@@ -52,8 +50,7 @@ class Found:
     kind: int | None = None
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Result:
+class _Result(NamedTuple):
     """A tensor argument that is an input or what an earlier call returned, by its number.
 
     Calls that are the same so far returned tensors of the same shapes and types.
@@ -62,24 +59,21 @@ class _Result:
     number: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Kept:
+class _Kept(NamedTuple):
     """A tensor argument that the model keeps; a parameter can be frozen or cast in between."""
 
     tensor: weakref.ref[Tensor]
     kind: Kind
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Items:
+class _Items(NamedTuple):
     """A tuple, a list, or a slice, as a tuple."""
 
     type: type
     items: tuple[Any, ...]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """A call, and what was found out about it.
 
     Attributes:
