@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from conjopt.measure.dense import Shortcut
 from conjopt.measure.last_layer import empty_output
 from conjopt.measure.layers.layout import Samples
-from conjopt.measure.layers.pieces import Piece
+from conjopt.measure.layers.pieces import Piece, products
 from conjopt.measure.layers.tape import (
     Arguments,
     Tape,
@@ -157,9 +157,9 @@ def batch_structure_matrix(
 
 
 def _within_samples(columns: list[Tensor]) -> Tensor:
-    total = columns[0] @ columns[0].mT
+    total = products(columns[0])
     for J in columns[1:]:  # joined, they would take as much memory again
-        total.baddbmm_(J, J.mT)
+        total += products(J)
     return total
 
 
