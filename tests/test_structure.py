@@ -438,6 +438,25 @@ def test_rows_are_filled_up(k: int, slab: int, monkeypatch: pytest.MonkeyPatch):
             assert (found - expected).norm() <= eps * expected.norm()
 
 
+def test_what_was_split_is_split_at_once_later(monkeypatch: pytest.MonkeyPatch):
+    import conjopt.measure.structure as module
+
+    sizes = []
+
+    class Spy(module.Tape):
+        def __init__(self, *args):
+            super().__init__(*args)
+            sizes.append(self.samples)
+
+    monkeypatch.setattr(module, "Tape", Spy)
+    model, inputs = make("mlp", 12)
+    J = jacobians(model, inputs)
+    for expected in ([12, 6, 6], [2, 6, 6], [2, 6, 6]):
+        assert_close(structure_matrix(model, inputs, memory=6 * 4 * (8 + 7 + 4) * 8 * 2), J @ J.mT)
+        assert sizes[:3] == expected
+        sizes.clear()
+
+
 def test_the_model_is_left_alone():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4).eval(), nn.Linear(4, 2))
