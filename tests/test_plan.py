@@ -1,6 +1,7 @@
 """Forwards that go along the calls of earlier ones: the same norms, and nothing found out twice."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from conjopt.measure import per_sample_gradient_norms as norms_of
 from conjopt.measure.layers import plan
 from conjopt.measure.layers.plan import Followed, Found, Plan
 from conjopt.measure.layers.uses import Recorder
+from conjopt.measure.live import Live
 
 CRITERION = nn.CrossEntropyLoss()
 Y = torch.tensor([0, 1, 2, 1, 0, 2])
@@ -124,6 +126,24 @@ def test_forwards_along_a_plan_give_the_same(name, fused):
     for _ in range(5):
         check(model, probe, x)
         x = x.roll(1, 0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_holds_nothing_once_it_is_over(name):
+    """Hooks on nodes and what leads to these nodes must not hold each other."""
+    build, x = MODELS[name]
+    model = build().double()
+    EnergyProbe(model)
+    gc.collect()
+    before = [item for item in gc.get_objects() if type(item) is Live]
+    for backward in (True, True, False):
+        loss = CRITERION(model(x), Y)
+        if backward:
+            loss.backward()
+    del loss
+    gc.collect()
+    after = [item for item in gc.get_objects() if type(item) is Live]
+    assert len(after) == len(before)
 
 
 @pytest.mark.parametrize("name", ["attending", "convolutional"])

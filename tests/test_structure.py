@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conjopt.measure import MeasurementError
-from conjopt.measure.layers import rules
+from conjopt.measure.layers import pieces, rules
 from conjopt.measure.structure import (
     batch_structure_matrix,
     extreme_eigenvalues,
@@ -384,6 +384,77 @@ def test_large_inputs_are_not_tried_at_once(monkeypatch: pytest.MonkeyPatch):
     J = jacobians(model, inputs)
     for memory in (2**28, 3000, 1):
         assert_close(structure_matrix(model, inputs, memory=memory), J @ J.mT)
+
+
+@pytest.mark.parametrize("part", [1, 40, 2**20])  # one sample at a time, some, and all
+@pytest.mark.parametrize("budget", [1, 2**25])
+@pytest.mark.parametrize("of_rows", [True, False])  # as convolutions have it, and linear layers
+@pytest.mark.parametrize("g", [1, 2])
+@pytest.mark.parametrize(
+    ("k", "both", "t", "q", "p"),
+    [
+        (3, False, 4, 9, 8),  # through places
+        (3, False, 9, 4, 8),  # through coordinates
+        (3, False, 9, 4, 12),  # filled up to 16
+        (3, False, 9, 4, 9),
+        (3, False, 9, 4, 13),
+        (2, True, 3, 4, 5),  # both sides differ between cotangents
+        (1, False, 5, 4, 3),
+        (15, False, 7, 2, 4),
+        (15, False, 3, 9, 8),
+    ],
+)
+def test_every_way_of_inner_products(
+    k, both, t, q, p, g, of_rows, budget, part, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pieces, "PART", part)
+    monkeypatch.setattr(pieces, "BUDGET", budget)
+    torch.manual_seed(0)
+    sides = [torch.randn(n, 5, g, t, size) for n, size in ((k, q), (k if both else 1, p))]
+    gradients = (sides[0].double().mT @ sides[1].double()).flatten(2).transpose(0, 1)
+    if of_rows:
+        sides[0] = sides[0].mT.contiguous().mT
+    for left, right in (sides, sides[::-1]):
+        for dtype, eps in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+            piece = pieces.Outer(left.to(dtype), right.to(dtype))
+            found, expected = pieces.sample_gram([piece]), gradients @ gradients.mT
+            assert found.dtype == dtype
+            assert found.shape == (5, k, k)
+            assert (found - expected).norm() <= eps * expected.norm()
+
+
+@pytest.mark.parametrize("slab", [1, 2**7, 2**18])  # one sample at a time, some, and none
+@pytest.mark.parametrize("k", range(1, 34))
+def test_rows_are_filled_up(k: int, slab: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pieces, "SLAB", slab)
+    torch.manual_seed(0)
+    for dtype, eps in ((torch.float64, 1e-14), (torch.float32, 1e-6)):
+        x, y = torch.randn(2, 5, k, 3).double()
+        for found, expected in (
+            (pieces.products(x.to(dtype)), x @ x.mT),
+            (pieces.products(x.to(dtype), y.to(dtype)), x @ y.mT),
+        ):
+            assert found.shape == expected.shape
+            assert (found - expected).norm() <= eps * expected.norm()
+
+
+def test_what_was_split_is_split_at_once_later(monkeypatch: pytest.MonkeyPatch):
+    import conjopt.measure.structure as module
+
+    sizes = []
+
+    class Spy(module.Tape):
+        def __init__(self, *args):
+            super().__init__(*args)
+            sizes.append(self.samples)
+
+    monkeypatch.setattr(module, "Tape", Spy)
+    model, inputs = make("mlp", 12)
+    J = jacobians(model, inputs)
+    for expected in ([12, 6, 6], [2, 6, 6], [2, 6, 6]):
+        assert_close(structure_matrix(model, inputs, memory=6 * 4 * (8 + 7 + 4) * 8 * 2), J @ J.mT)
+        assert sizes[:3] == expected
+        sizes.clear()
 
 
 def test_the_model_is_left_alone():

@@ -144,6 +144,69 @@ def test_attention_is_taken_whole_longer(measure, ways: Ways, monkeypatch: pytes
         assert ways.take() == expected
 
 
+def narrow(k: int, side: int, dims: int = 2) -> tuple[nn.Module, Tensor]:
+    layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    model = nn.Sequential(layer(1, 2, 2, bias=False), nn.Tanh(), nn.Flatten())
+    model.append(nn.AdaptiveAvgPool1d(3)).append(nn.Linear(3, k, bias=False))
+    return model.double(), torch.randn(5, 1, *[side + 1] * dims).double()
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_narrow_convolutions_are_taken_whole_longer(
+    dims: int, ways: Ways, monkeypatch: pytest.MonkeyPatch
+):
+    torch.manual_seed(0)
+    model, inputs = narrow(4, 13, dims)
+    J = jacobians(model, inputs)
+    monkeypatch.setattr(dense, "SMALL", 1)
+    for limit, expected in ((J.numel(), (0, 1)), (J.numel() - 1, (1, 0))):
+        monkeypatch.setattr(dense, "PART", limit)
+        dense._SETTLED.clear()
+        for _ in range(2):
+            ways.take()
+            close(structure_matrix(model, inputs), J @ J.mT)
+        assert ways.take() == expected
+
+
+def test_those_that_are_not_narrow_are_not(ways: Ways, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dense, "SMALL", 1)
+    # 2 n^2 results of the convolution, and 8 + 3 k parameters
+    for k, side, expected in ((4, 4, (0, 1)), (4, 3, (1, 0)), (4, 12, (0, 1)), (92, 12, (1, 0))):
+        model, inputs = narrow(k, side)
+        for _ in range(2):
+            ways.take()
+            structure_matrix(model, inputs)
+        assert ways.take() == expected
+
+
+def test_narrow_ones_are_not_where_all_samples_are_needed(
+    ways: Ways, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(dense, "SMALL", 1)
+    model, inputs = narrow(4, 12)
+    batch_structure_matrix(model, inputs)
+    assert ways.take()[1] == 0
+    assert not opened(model, inputs, batch_structure_matrix)
+
+
+def test_narrow_ones_are_not_where_the_batch_is_split(ways: Ways, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dense, "SMALL", 1)
+    model, inputs = narrow(4, 12)
+    J = jacobians(model, inputs)
+    # 4 outputs times as many results and 5 samples' gradients of the weights, in float64
+    whole = 4 * (2 * 5 * (2 * 12**2 + 4) + 5 * 8) * 8
+    assert J.numel() * 4 * 8 <= whole  # there is memory for the Jacobian
+    for memory, expected in ((whole - 1, False), (whole, True)):
+        dense._SETTLED.clear()
+        for _ in range(2):
+            close(structure_matrix(model, inputs, memory=memory), J @ J.mT)
+        assert opened(model, inputs) == expected
+    ways.take()
+    for memory, expected in ((whole, (0, 1)), (whole - 1, (3, 0)), (whole, (0, 1))):
+        close(structure_matrix(model, inputs, memory=memory), J @ J.mT)
+        assert ways.take() == expected
+
+
 def attending(m: int, k: int) -> tuple[nn.Module, Tensor]:
     layer = nn.TransformerEncoderLayer(4, 2, 4, 0.0, batch_first=True)
     return nn.Sequential(layer, nn.Flatten(), nn.Linear(8, k)), torch.randn(m, 2, 4)

@@ -35,7 +35,8 @@ SMALL = 2**19
 # The same with multi-head attention, which the way through the layers computes twice.
 ATTENDING = 2**22
 # Entries of a part of the samples, where there are more: the calls for a part, some milliseconds,
-# are little beside its arithmetic.
+# are little beside its arithmetic. Narrow convolutions are taken up to here, in one part: both ways
+# do the same arithmetic, and this one in fewer passes over what arrives at the layers.
 PART = 2**24
 _FEWEST = 16  # samples that have to fit into a part; with fewer, large layers are faster
 _MOST_KINDS = 64  # that are tried of a model
@@ -44,15 +45,15 @@ _MOST_KINDS = 64  # that are tried of a model
 class _Known(NamedTuple):
     """How a way that is open goes."""
 
-    like: Tensor  # the outputs
+    like: Tensor | None  # the outputs; `None` where the way is closed
     plain: bool  # without fused kernels of attention
     part: int  # entries of the Jacobian of a part of the samples
+    narrow: bool  # of narrow convolutions
+    size: float  # bytes that the gradients of the layers take
 
 
-# By model and kind; `None` where the way is closed.
-_SETTLED: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, _Known | None]] = (
-    weakref.WeakKeyDictionary()
-)
+# By model and kind.
+_SETTLED: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, _Known]] = weakref.WeakKeyDictionary()
 
 
 @dataclasses.dataclass(eq=False)
@@ -67,6 +68,7 @@ class Shortcut:
         name: Of the function that measures.
         model: The module.
         inputs: Of the model.
+        narrow: Whether it fits as narrow convolutions.
 
     Example:
         >>> model, x = nn.Linear(2, 3), torch.tensor([[3.0, 4.0]])
@@ -94,7 +96,7 @@ class Shortcut:
         self._buffers: dict[str, Tensor] = {}
         self._tied = False  # a tensor with several names
         self._key = self._kind()
-        self._known: dict[Hashable, _Known | None] = {}
+        self._known: dict[Hashable, _Known] = {}
         if self._key is not None:
             try:
                 self._known = _SETTLED.setdefault(self.model, {})
@@ -103,12 +105,19 @@ class Shortcut:
         known = self._known.get(self._key)
         self._plain = known is not None and known.plain
         self._part = SMALL if known is None else known.part
+        self.narrow = known is not None and known.narrow
 
     @property
     def like(self) -> Tensor | None:
         """A tensor like the outputs where the way is open, else `None`."""
         known = self._known.get(self._key)
         return None if known is None else known.like
+
+    @property
+    def size(self) -> float:
+        """Bytes that the gradients of the layers take, as estimated when it was settled; else 0."""
+        known = self._known.get(self._key)
+        return 0 if known is None else known.size
 
     @property
     def untried(self) -> bool:
@@ -134,17 +143,19 @@ class Shortcut:
             return []
         return [range(i * m // number, (i + 1) * m // number) for i in range(number)]
 
-    def fits(self, like: Tensor, *, attending: bool, together: bool) -> bool:
+    def fits(self, like: Tensor, *, attending: bool, narrow: bool, together: bool) -> bool:
         """Whether the whole Jacobian is the shorter way, and the model one that may be tried.
 
         Args:
             like: A tensor like the outputs, `(m, ...)`.
             attending: Whether the model calls multi-head attention.
+            narrow: Whether it has more places to convolve at than parameters (`structure.py`).
             together: Whether the Jacobian of all samples is needed at once.
         """
         m, entries = len(self.inputs), self._entries(math.prod(like.shape[1:]))
-        one = entries <= (ATTENDING if attending else SMALL)
-        self._part = PART if attending else SMALL
+        one = entries <= (PART if narrow else ATTENDING if attending else SMALL)
+        self._part = PART if attending or narrow else SMALL
+        self.narrow = narrow
         many = attending and _FEWEST * entries <= m * PART
         return (
             entries > 0
@@ -230,14 +241,16 @@ class Shortcut:
             for leaf in tree_leaves(list(vars(module).values()))
         )
 
-    def settle(self, like: Tensor | None) -> None:
+    def settle(self, like: Tensor | None, *, size: float = 0) -> None:
         """Remember that both ways gave the same, or that this one is closed.
 
         Args:
             like: A tensor like the outputs, `(m, ...)`; `None` to close it.
+            size: Bytes that the gradients of the layers take.
         """
         if self._key is not None:
-            self._known[self._key] = None if like is None else _Known(like, self._plain, self._part)
+            known = _Known(like, self._plain, self._part, self.narrow, size)
+            self._known[self._key] = known
 
     def _kind(self) -> Hashable:
         """Return all that a comparison holds for, `None` where the way is closed."""

@@ -128,6 +128,10 @@ class Live(Recorder):
         self._joints[id(result)] = joint
         return result
 
+    def is_used(self, weight: Tensor) -> bool:
+        """Whether gradients of a weight are waited for."""
+        return id(weight) in self._counts
+
     def used(self, use: Use, results: list[Tensor]) -> None:
         """Hook on a use's results, to measure when their gradients arrive."""
         for weight in use.weights:

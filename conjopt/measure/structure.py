@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from conjopt.measure.dense import Shortcut
 from conjopt.measure.last_layer import empty_output
 from conjopt.measure.layers.layout import Samples
-from conjopt.measure.layers.pieces import Piece
+from conjopt.measure.layers.pieces import Piece, products
 from conjopt.measure.layers.tape import (
     Arguments,
     Tape,
@@ -46,6 +46,7 @@ _FACTORED = {
     Tensor.matmul,
     Tensor.__matmul__,
 }
+_CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
 
 
 def structure_matrix(
@@ -157,9 +158,9 @@ def batch_structure_matrix(
 
 
 def _within_samples(columns: list[Tensor]) -> Tensor:
-    total = columns[0] @ columns[0].mT
+    total = products(columns[0])
     for J in columns[1:]:  # joined, they would take as much memory again
-        total.baddbmm_(J, J.mT)
+        total += products(J)
     return total
 
 
@@ -262,7 +263,8 @@ class _Batch:
         self._large = sum(tensor.numel() for tensor in tensors) > _LARGE
         self._draws = False
         self._like: Tensor | None = None  # like the outputs
-        self._attends = False
+        self._attends = self._narrow = False
+        self._size = 0.0  # bytes that the gradients of the layers take
         self._places: list[Samples | None] | None = None
 
     def empty(self) -> Tensor:
@@ -275,13 +277,15 @@ class _Batch:
         """Split the batch into parts of which `at_once` fit the memory; and a forward of it all.
 
         The forward of a whole batch of small inputs comes first and tells the sizes; of a batch of
-        large ones two samples tell them.
+        large ones, or one that was split before, two samples tell them.
         """
         m = self.samples
         first = min(m, 2) if self._large else m
         tape = self.forward([range(first)])
+        self._narrow = _narrow(tape)
         by_sample = self._bytes(tape) / first
-        if self._draws or m == 1 or m * by_sample <= self.memory:
+        self._size = m * by_sample
+        if self._draws or m == 1 or self._size <= self.memory:
             return [range(m)], tape if first == m else None
         number = math.ceil(m / max(1, math.floor(self.memory / (at_once * by_sample))))
         ends = [i * m // number for i in range(number + 1)]
@@ -300,22 +304,30 @@ class _Batch:
         shortcut = Shortcut(self.name, self.model, x) if plain and not _checking() else None
         if shortcut is None:
             return through_layers()
+        self._large |= shortcut.size > self.memory
         if (like := shortcut.like) is not None:
             found = self._by_jacobian(shortcut, like, product)
             return through_layers() if found is None else found
         result = through_layers()
         if shortcut.untried and (like := self._like) is not None:
             agrees = False
-            if not self._draws and shortcut.fits(like, attending=self._attends, together=together):
+            if not self._draws and shortcut.fits(
+                like,
+                attending=self._attends,
+                narrow=self._narrow and self._size <= self.memory and not together,
+                together=together,
+            ):
                 agrees = self._agrees(shortcut, like, product, result)
                 if shortcut.keeps():
                     through_layers()  # which leaves plain tensors
-            shortcut.settle(like if agrees else None)
+            shortcut.settle(like if agrees else None, size=self._size)
         return result
 
     def _parts(self, shortcut: Shortcut, like: Tensor) -> tuple[Tensor, list[range]]:
         """Return a basis, and parts of the samples whose Jacobians there is memory for, if any."""
         basis = self._basis(like)
+        if shortcut.narrow and shortcut.size > self.memory:
+            return basis, []
         # The columns of a part, what they are copied from, and as much again in between.
         return basis, shortcut.parts(len(basis), self.memory / (4 * like.itemsize))
 
@@ -420,6 +432,13 @@ def bytes_by_cotangent(tape: Tape) -> int:
         if use.function not in _FACTORED:
             elements += tape.samples * sum(weight.numel() for weight in use.weights)
     return max(1, elements * _at_least_float32(tape.only_output()).itemsize)
+
+
+def _narrow(tape: Tape) -> bool:
+    """Whether convolutions' results have a quarter more elements than there are parameters."""
+    elements = sum(math.prod(s) for u in tape.uses if u.function in _CONVOLUTIONS for s in u.shapes)
+    weights = {id(weight): weight.numel() for use in tape.uses for weight in use.weights}
+    return elements > 1.25 * tape.samples * sum(weights.values())
 
 
 def _same(found: Tensor, expected: Tensor, eps: float) -> bool:

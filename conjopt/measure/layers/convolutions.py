@@ -103,10 +103,8 @@ def _convolve(
             return [*found, (weight, Outer(b.flatten(3).mT.unsqueeze(2), unfolded[None, :, None]))]
         if len(b) > 1 and not options[3] and _one_product(b, weight, groups):
             seen = _unfold(x, weight, *options[:3]).unflatten(2, (groups, -1)).transpose(1, 2)
-            left = b.flatten(3).unflatten(2, (groups, -1)).permute(1, 2, 0, 3, 4)
-            product = left.flatten(2, 3) @ seen  # (m, g, k q, t) @ (m, g, t, p)
-            product = product.unflatten(2, (len(b), -1)).permute(2, 0, 1, 3, 4)
-            return [*found, flat(weight, product)]
+            left = b.flatten(3).unflatten(2, (groups, -1)).mT
+            return [*found, (weight, Outer(left, seen[None]))]
         if len(b) == 1 and not options[3] and _narrow(b, weight, groups):
             return [*found, (weight, Dense(_by_rows(x, b[0], weight, options)[None]))]
         wide = b.new_empty(1).expand(m * weight.shape[0], *weight.shape[1:])

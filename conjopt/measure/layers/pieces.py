@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 __all__ = [
     "Dense",
@@ -25,6 +26,7 @@ __all__ = [
     "joined",
     "lengths",
     "norms_and_sum",
+    "products",
     "sample_gram",
     "slabs",
     "squared_norms",
@@ -33,6 +35,7 @@ __all__ = [
 
 BUDGET = 2**25  # elements of an intermediate result
 SLAB = 2**18  # elements of one that is better small, to stay in a cache
+PART = 2**20  # the same, where there are several calls for each
 
 
 class Piece(abc.ABC):
@@ -271,16 +274,9 @@ def sample_gram(pieces: Sequence[Piece]) -> Tensor:
     total: Tensor | int = 0
     for slab in slabs(merged):
         x = slab.flatten(2).transpose(0, 1)  # (m, k, coordinates)
-        total = total + _products(x, x)
+        total = total + products(x)
     assert isinstance(total, Tensor)
     return total
-
-
-def _products(x: Tensor, y: Tensor) -> Tensor:
-    """Return `x y^T`, `(..., k, k)`, of `(..., k, coordinates)`."""
-    if x.shape[-2] == 1:  # for which matrix products have no fast kernel on a CPU
-        return (x * y).sum(-1, keepdim=True)
-    return x @ y.mT
 
 
 def batch_gram(pieces: Sequence[Piece]) -> Tensor:
@@ -382,37 +378,77 @@ def through_places(k: int, t: int, q: int, p: int) -> bool:
 def _outer_gram(piece: Outer) -> Tensor:
     """Inner products within samples; through places or coordinates, whichever is cheaper."""
     left, right = piece.left, piece.right
-    t, q, p = left.shape[3], left.shape[4], right.shape[4]
-    if t == 1:
+    if left.shape[3] == 1:
         grams = []
         for side in (left, right):
             x = side.squeeze(3).permute(1, 2, 0, 3)  # (m, g, k or 1, coordinates)
-            grams.append(_products(x, x))
+            grams.append(products(x))
         return (grams[0] * grams[1]).sum(1)
-    both = left.shape[0] == right.shape[0] > 1
     if left.shape[0] < right.shape[0]:
-        left, right, q, p = right, left, p, q
-    if both or not through_places(len(left), t, q, p):
+        left, right = right, left
+    (k, m, g, t, q), p = left.shape, right.shape[4]
+    places = len(right) == 1 and through_places(k, t, q, p)
+    if places and (g > 1 or left.stride(3) > 1):
+        moved = (right[0] @ right[0].mT @ left).transpose(0, 1).flatten(2)  # (m, k, g t q)
+        return moved @ left.transpose(0, 1).flatten(2).mT
+    size = m * g * max(k * q * t, t * p, 0 if places else k * q * p)
+    number = math.ceil(size / PART) if left.device.type == "cpu" else 1
+    few = math.ceil(m / max(1, min(m, number)))
+    parts = [slice(i, i + few) for i in range(0, m, few)]
+    grams = [_gram_by_rows(left[:, part], right[:, part], places) for part in parts]
+    return grams[0] if len(grams) == 1 else torch.cat(grams)
+
+
+def _gram_by_rows(left: Tensor, right: Tensor, places: bool) -> Tensor:
+    """Inner products within samples, with one product for all cotangents if possible."""
+    (k, m, g, _, q), p = left.shape, right.shape[4]
+    if g > 1 or len(right) > 1 or k * m * q * p > BUDGET:
         total: Tensor | int = 0
-        for slab in slabs([piece]):
-            x = slab.flatten(2).transpose(0, 1)
-            total = total + _products(x, x)
+        for slab in slabs([Outer(left, right)]):
+            total = total + products(slab.flatten(2).transpose(0, 1))
         assert isinstance(total, Tensor)
         return total
-    between = right[0] @ right[0].mT  # (m, g, t, t)
-    if left.shape[2] == 1 and left.stride(3) == 1:  # as convolutions have it: one product for all k
-        rows = left[:, :, 0].permute(1, 0, 3, 2).flatten(1, 2)  # (m, k q, t)
-        moved, rows = (x.reshape(len(x), len(left), -1) for x in (rows @ between[:, 0], rows))
-        return _products(moved, rows)
-    moved = (between @ left).transpose(0, 1).flatten(2)  # (m, k, g t q)
-    return _products(moved, left.transpose(0, 1).flatten(2))
+    seen = right[0, :, 0]  # (m, t, p)
+    rows = left[:, :, 0].permute(1, 0, 3, 2).flatten(1, 2)  # (m, k q, t)
+    if places:
+        moved = rows @ (seen @ seen.mT)
+        return products(moved.reshape(m, k, -1), rows.reshape(m, k, -1))
+    if -p % 8 <= p // 3 and p <= k * q and seen.device.type == "cpu":  # kernels go by eights
+        seen = F.pad(seen.mT, (0, 0, 0, -p % 8)).mT
+    return products((rows @ seen).reshape(m, k, -1))
+
+
+def products(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """Return `x y^T`, `(m, ..., k, k)`; without `y`, of `x` with itself.
+
+    Kernels of CPUs for float32 are slow at a few rows less than a multiple of eight: there a part
+    of the samples after the other is filled up. For one row they have none.
+
+    Args:
+        x: `(m, ..., k, entries)`.
+        y: Of the same shape.
+    """
+    k, few = x.shape[-2], -x.shape[-2] % 8
+    if k == 1:
+        if y is None:
+            return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
+        return (x * y).sum(-1, keepdim=True)
+    slow = k > 12 and 0 < few < 4 and x.dtype == torch.float32 and x.device.type == "cpu"
+    if not slow or x.numel() <= SLAB:
+        return x @ (x if y is None else y).mT
+    found = []
+    for i in range(0, len(x), size := max(1, SLAB // x[0].numel())):
+        part = F.pad(x[i : i + size], (0, 0, 0, few))
+        other = part if y is None else F.pad(y[i : i + size], (0, 0, 0, few))
+        found.append((part @ other.mT)[..., :k, :k])
+    return torch.cat(found)
 
 
 def _lookup_gram(piece: Lookup) -> Tensor:
     """Inner products within samples: places count together where they look up the same row."""
     same = (piece.index.unsqueeze(2) == piece.index.unsqueeze(1)).to(piece.right.dtype)
     moved = (same @ piece.right).transpose(0, 1).flatten(2)
-    return _products(moved, piece.right.transpose(0, 1).flatten(2))
+    return products(moved, piece.right.transpose(0, 1).flatten(2))
 
 
 def _cross(table: Lookup, dense: Outer) -> Tensor:

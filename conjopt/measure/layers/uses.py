@@ -466,6 +466,9 @@ class Recorder(TorchFunctionMode):
         base, _ = self._repeated.pop(id(weight))
         del self._weights[id(weight)]
         self._put(weight, at)
+        if not self.is_used(weight):  # to hold it would lead to its node, and from there back
+            self.made = [tensor for tensor in self.made if tensor is not weight]
+            del self.bases[id(weight)]
         use = Use(
             Tensor.expand,
             (base, *weight.shape),
@@ -479,6 +482,10 @@ class Recorder(TorchFunctionMode):
             {},
         )
         self.used(use, [weight])
+
+    def is_used(self, weight: Tensor) -> bool:
+        """Whether gradients of a weight are waited for."""
+        return any(_is_in(weight, use.weights) for use in self.uses)
 
     def used(self, use: Use, results: list[Tensor]) -> None:
         """Keep a use, with where the gradients of its results arrive.
