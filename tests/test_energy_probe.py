@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import _get_current_function_mode_stack
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -223,6 +224,74 @@ def test_an_error_in_the_forward_leaves_no_mode_behind():
     assert not torch.overrides._get_current_function_mode_stack()
     CRITERION(model(x), Y).backward()
     assert_close(probe.norms, norms_of(model, CRITERION, x, Y), rtol=1e-12, atol=0)
+
+
+class Again(nn.Module):
+    """Calls itself, with gradients or without, or stops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head, self.stop = nn.Linear(3, 3), nn.Linear(3, 3), False
+
+    def forward(self, x: Tensor, deep: int = 2) -> Tensor:
+        h = torch.tanh(self.inner(x))
+        if self.stop:
+            raise KeyboardInterrupt
+        with torch.no_grad():
+            h = h + self(h, 0) if deep else h
+        return self.head(self(h, deep - 1) if deep else h)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_module_that_calls_itself_is_one_forward(every):
+    torch.manual_seed(0)
+    model = Again()
+    probe = EnergyProbe(model, every=every)
+    for number in range(4):
+        x = torch.randn(6, 3)
+        probe.norms = None
+        CRITERION(model(x), Y).backward()
+        assert (probe.norms is None) == bool(number % every)
+        if probe.norms is not None:
+            twin = copy.deepcopy(model)  # which is not watched
+            rows = [
+                torch.autograd.grad(CRITERION(twin(x[i : i + 1]), Y[i : i + 1]), parameters)
+                for parameters in [list(twin.parameters())]
+                for i in range(6)
+            ]
+            expected = [torch.cat([g.flatten() for g in row]).norm() for row in rows]
+            assert_close(probe.norms, torch.stack(expected))
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_an_interrupted_forward_leaves_nothing_behind(removed):
+    """KeyboardInterrupt, as in a notebook, ends a forward without its hooks."""
+    torch.manual_seed(0)
+    model = Again()
+    probe = EnergyProbe(model)
+    x = torch.randn(6, 3)
+    CRITERION(model(x), Y).backward()
+    model.stop = True
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    model.stop, probe.norms = False, None
+    if removed:
+        probe.remove()
+    x = torch.randn(6, 3)
+    CRITERION(model(x), Y).backward()
+    assert _get_current_function_mode_stack() == []
+    assert (probe.norms is None) == removed
+    if not removed:
+        expected = probe.norms
+        CRITERION(model(x), Y).backward()
+        assert_close(probe.norms, expected)
+
+
+def test_a_probe_of_a_part_checks_it_within_a_watched_forward():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    outer, inner = EnergyProbe(model), EnergyProbe(model[0])
+    CRITERION(model(torch.randn(6, 4)), Y).backward()
+    assert (outer.norms > inner.norms).all()
 
 
 def test_forwards_without_a_backward_hold_nothing():

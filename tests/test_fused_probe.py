@@ -241,6 +241,31 @@ def test_the_first_samples_are_measured_and_all_are_summed(name, held, share, mo
         assert_close(probe.norms, expected, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_an_input_that_was_written_to_is_refused(share, monkeypatch):
+    """Autograd does not notice: the weights of the call are detached."""
+    monkeypatch.setattr(live, "SLAB", 1)  # in several ranges
+    model, x = make("by name")
+    writes = [False]
+    model.conv.register_forward_pre_hook(lambda module, args: None)
+    forward = model.forward
+
+    def written(x: Tensor) -> Tensor:
+        x = x * 1
+        result = forward(x)
+        if writes[0]:
+            x.mul_(2)
+        return result
+
+    model.forward = written
+    EnergyProbe(model, fused=True, share=share)
+    for _ in range(3):
+        CRITERION(model(x), Y).backward()
+    writes[0] = True
+    with pytest.raises(RuntimeError, match="written to after the call"):
+        CRITERION(model(x), Y).backward()
+
+
 def test_samples_that_are_not_measured_take_no_per_sample_gradients(monkeypatch):
     made = []
     pieces_of = live.pieces_of

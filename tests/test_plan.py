@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.testing import assert_close
 
 from conjopt.measure import EnergyProbe
 from conjopt.measure import per_sample_gradient_norms as norms_of
-from conjopt.measure.layers import plan
+from conjopt.measure.layers import pieces, plan
 from conjopt.measure.layers.plan import Followed, Found, Plan
 from conjopt.measure.layers.uses import Recorder
 from conjopt.measure.live import Live
@@ -128,6 +129,140 @@ def test_forwards_along_a_plan_give_the_same(name, fused):
         x = x.roll(1, 0)
 
 
+WRITES = {
+    "part": lambda made: made[:, :2].mul_(3),
+    "row": lambda made: made[0].mul_(3),
+    "flat": lambda made: made.view(-1).mul_(3),
+    "assigned": lambda made: made[0].__setitem__(slice(2), 0.0),
+    "activated": lambda made: F.relu(made[1:], inplace=True),
+    "hooked": lambda made: made.register_hook(lambda gradient: 2 * gradient) and None,
+}
+
+
+@pytest.mark.parametrize("how", WRITES)
+def test_rows_that_were_looked_up_may_be_written_to(how):
+    torch.manual_seed(0)
+    model = Looking({}).double()
+    made = model.table.forward
+    x = torch.randn(6, 4, dtype=torch.float64)
+    probe = EnergyProbe(model)
+    check(model, probe, x)
+
+    def written(index: Tensor) -> Tensor:
+        rows = made(index)
+        WRITES[how](rows)
+        return rows
+
+    model.table.forward = written
+    for _ in range(3):
+        model.zero_grad()
+        outputs = model(x)
+        CRITERION(outputs, Y).backward()
+        found, norms, gradients = probe.norms, [], []
+        for i in range(len(x)):
+            loss = F.cross_entropy(model(x[i : i + 1]), Y[i : i + 1])
+            gradients.append(torch.autograd.grad(loss, list(model.parameters()))[0])
+            norms.append(gradients[-1].norm())
+        assert_close(found, torch.stack(norms), rtol=1e-12, atol=0)
+        assert_close(model.table.weight.grad, torch.stack(gradients).mean(0), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("places", [3, 40])
+def test_many_rows_that_are_looked_up_are_not_compared_with_each_other(places, monkeypatch):
+    """A table of positions; its gradients are as large as samples times rows, or smaller."""
+    torch.manual_seed(0)
+    model = Positions(40).double()
+    compared = []
+    found = pieces._lookup_gram
+    monkeypatch.setattr(
+        pieces, "_lookup_gram", lambda piece: compared.append(piece) or found(piece)
+    )
+    probe = EnergyProbe(model)
+    x = torch.randn(6, places, 4, dtype=torch.float64)
+    model(x).square().sum().backward()
+    assert bool(compared) == (places == 3)
+    probe.remove()
+    rows = [torch.autograd.grad(6 * model(x[i : i + 1]).square().sum(), [model.table.weight])[0]
+            for i in range(6)]  # fmt: skip
+    assert_close(probe.norms, torch.stack([g.norm() for g in rows]), rtol=1e-12, atol=0)
+
+
+class Positions(nn.Module):
+    def __init__(self, places: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(places, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.table(torch.arange(x.shape[1]))).tanh().sum(1)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_norms_of_looked_up_rows_do_not_underflow_in_float16(scale):
+    torch.manual_seed(0)
+    model = Positions(3).half()
+    x = torch.randn(6, 3, 4).half()
+    probe = EnergyProbe(model)
+    (model(x).float().square().mean() * scale).backward()
+    twin = copy.deepcopy(model).double()
+    expected = norms_of(twin, SquaredMean(), x.double(), Y) * scale
+    assert_close(probe.norms.double(), expected, rtol=1e-2, atol=0)
+
+
+class SquaredMean(nn.Module):
+    def forward(self, outputs: Tensor, targets: object) -> Tensor:
+        return outputs.square().mean()
+
+
+class Student(nn.Module):
+    """A part runs with other weights first, in a call that the plan does not get through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = Writing(), nn.Linear(3, 3)
+        self.teacher = {
+            name: torch.randn(p.shape, dtype=torch.float64)
+            for name, p in self.inner.named_parameters()
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        other = torch.func.functional_call(self.inner, self.teacher, (x,))
+        return self.head(self.inner(x) + other)
+
+
+def test_weights_that_are_swapped_for_a_while_are_known():
+    torch.manual_seed(0)
+    model = Student().double()
+    probe = EnergyProbe(model)
+    for _ in range(3):
+        check(model, probe, torch.randn(6, 4, dtype=torch.float64))
+
+
+def test_probes_of_the_first_and_of_every_other_sample_are_told_apart():
+    torch.manual_seed(0)
+    for order in ((False, True), (True, False)):
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+        x = torch.randn(6, 4, dtype=torch.float64)
+        expected = norms_of(model, CRITERION, x, Y)
+        for fused in order:
+            probe = EnergyProbe(model, share=0.5, fused=fused)
+            for _ in range(3):
+                CRITERION(model(x), Y).backward()
+                assert_close(probe.norms, expected[:3] if fused else expected[::2])
+            probe.remove()
+
+
+@pytest.mark.parametrize("copied", [lambda m: pickle.loads(pickle.dumps(m)), copy.deepcopy])
+def test_a_model_that_holds_its_probe_can_be_copied(copied):
+    model = Attending()
+    model.probe = EnergyProbe(model)
+    x = MODELS["attending"][1]
+    for _ in range(2):
+        CRITERION(model(x), Y).backward()
+    twin = copied(model)
+    assert twin.probe.norms is not model.probe.norms
+    assert_close(twin(x), model(x))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_holds_nothing_once_it_is_over(name):
     """Hooks on nodes and what leads to these nodes must not hold each other."""
@@ -174,13 +309,20 @@ class Changing(nn.Module):
         self.register_buffer("shift", torch.ones(6))
         self.dim, self.first, self.scale, self.by = 1, True, 2.0, [1, 0]
         self.stop, self.trains = False, True
+        self.register_buffer("end", torch.tensor(6))
+        self.by_name = ["input", "weight", "bias"]
+        self.kept = nn.Parameter(torch.randn(6))
+        self.others = [self.kept]
 
     def forward(self, x: Tensor, twice: bool = False) -> Tensor:
         with torch.set_grad_enabled(self.trains):
             h = (self.a if self.first else self.b)(x)
         if self.stop:
             raise ValueError("stop")
-        h = torch.tanh(h * self.scale + self.shift)
+        h = torch.tanh(h * self.scale + self.shift) * self.others[0]
+        given = {"input": h, "weight": self.b.weight, "bias": self.b.bias}
+        h = h + F.linear(**{name: given[name] for name in self.by_name})
+        h = torch.cat([h, 2 * h], 1)[:, 6 - self.end : 12 - self.end]
         if twice:
             h = self.a(h)
         h = h.softmax(self.dim if self.dim == 1 else -1)
@@ -199,6 +341,9 @@ CHANGES = {
     "the same weight": lambda m: setattr(m.b, "weight", m.a.weight),
     "a frozen weight": lambda m: m.a.weight.requires_grad_(not m.a.weight.requires_grad),
     "a frozen module": lambda m: m.b.requires_grad_(False),
+    "a slice that ends elsewhere": lambda m: m.end.fill_(0 if m.end else 6),
+    "keywords in another order": lambda m: m.by_name.reverse(),
+    "a weight that leaves": lambda m: m._parameters.pop("kept", None),
     "another type": lambda m: m.float() if m.a.weight.dtype is torch.float64 else m.double(),
     "without gradients": lambda m: setattr(m, "trains", not m.trains),
     "another layer": lambda m: setattr(m, "head", nn.Linear(6, 3, dtype=m.a.weight.dtype)),
@@ -360,9 +505,11 @@ def test_two_inputs_may_be_one_the_next_time():
 )
 def test_a_call_that_returns_something_else_is_looked_at_anew(other):
     x, known = torch.ones(6, 2), Plan()
-    Followed(known, [x]).add(torch.relu, (x,), {}, x.relu(), Found([None]), False, lambda t: False)
+    Followed(known, [x], []).add(
+        torch.relu, (x,), {}, x.relu(), Found([None]), False, lambda t: False
+    )
     for result in (x.relu(), other):
-        followed = Followed(known, [x])
+        followed = Followed(known, [x], [])
         step = followed.step(torch.relu, (x,), {})
         found = followed.results(step, result)
         assert (found is None) == (result is other)
@@ -406,7 +553,7 @@ def test_a_recorder_with_a_plan_records_the_same():
     model, known = model(), Plan()
     seen = []
     for _ in range(3):
-        recorder = Recorder(lambda: dict(model.named_parameters()), [x], list, len(x), plan=known)
+        recorder = Recorder(dict(model.named_parameters()), [x], list, len(x), plan=known)
         with recorder:
             output = model(x)
         seen.append([(u.function, u.places, u.whole, u.kind, u.shapes) for u in recorder.uses])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from numbers import Integral, Real
+from types import FrameType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from conjopt.measure.last_layer import is_empty
@@ -20,6 +24,7 @@ from conjopt.measure.layers.tape import (
     places_of_inputs,
     refuse_mixed,
 )
+from conjopt.measure.layers.uses import unwatched
 from conjopt.measure.live import Live
 from conjopt.measure.replay import REPLAYING, compiled_parts
 from conjopt.measure.tokens import dimension_within_tokens, token_squares
@@ -238,6 +243,8 @@ class EnergyProbe:
         self._fused = fused
         self._stride, self._every, self._forwards = round(1 / share), every, 0
         self._live: Live | None = None
+        self._frame: FrameType | None = None  # of the forward that goes on, around hooks
+        self._thread, self._within = 0, 0  # where it runs, and in how many calls of its own
         self._backward = -1  # number of the last one that was measured
         self._known: dict[Any, list[Samples | None]] = {}  # where inputs of a kind have samples
         self._plans: dict[Any, Plan] = {}  # what forwards of a kind and so many samples do
@@ -245,6 +252,14 @@ class EnergyProbe:
             model.register_forward_pre_hook(_Hook(self, "_before"), with_kwargs=True, prepend=True),
             model.register_forward_hook(_Hook(self, "_after"), always_call=True),
         ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **vars(self),
+            "_plans": {},
+            "_live": None,
+            "_frame": None,
+        }  # which refer to this model's tensors
 
     @property
     def energy(self) -> Tensor | None:
@@ -255,18 +270,43 @@ class EnergyProbe:
         """Stop watching."""
         for handle in self._handles:
             handle.remove()
+        self._drop()
 
     def _before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        if not torch.is_grad_enabled() or self._live is not None or REPLAYING.get():
+        if REPLAYING.get():
             return
-        if torch._C._current_graph_task_id() != -1:  # recomputed under checkpointing
+        if self._frame is not None:
+            if self._thread != threading.get_ident():
+                return
+            if self._running():  # the model calls itself
+                self._within += 1
+                return
+            self._drop()
+        # Where a forward is recomputed under checkpointing, a backward is going on.
+        if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
             return
+        self._thread, self._frame = threading.get_ident(), sys._getframe(2)  # around hooks
         self._forwards += 1
         if (self._forwards - 1) % self._every:
             return
         self._live = self._prepare(model, args, kwargs)
         if self._live is not None:
             self._live.__enter__()
+
+    def _running(self) -> bool:
+        """Whether the forward that began goes on: an interrupt ends it without a hook."""
+        above: FrameType | None = sys._getframe()
+        while above is not None and above is not self._frame:
+            above = above.f_back
+        return above is not None
+
+    def _drop(self) -> None:
+        """Stop a recording that was left behind."""
+        live, self._live, self._frame, self._within = self._live, None, None, 0
+        if live is not None:
+            live.samples = 0  # it records nothing more, should other modes be above it
+            if _get_current_function_mode_stack()[-1:] == [live]:
+                live.__exit__(None, None, None)
 
     def _prepare(self, model: nn.Module, args: Any, kwargs: Any) -> Live | None:
         leaves, names = (args, None) if _are_tensors(args, kwargs) else tree_flatten((args, kwargs))
@@ -277,7 +317,8 @@ class EnergyProbe:
         kind = (str(names), *((t.shape[1:], t.ndim and t.shape[0] == samples) for t in tensors))
         if kind not in self._known:
             _refuse_compiled(model)
-            _check(model, Arguments(args, kwargs), None, None, "EnergyProbe")
+            with unwatched():  # by another probe, of a module around this one
+                _check(model, Arguments(args, kwargs), None, None, "EnergyProbe")
             self._known[kind] = places_of_inputs(model, args, kwargs, samples)
         if len(self._plans) >= _MOST_KINDS:
             self._plans.clear()
@@ -289,7 +330,12 @@ class EnergyProbe:
     def _after(self, model: nn.Module, args: Any, output: Any) -> None:
         if REPLAYING.get():
             return
-        live, self._live = self._live, None
+        if self._frame is None or self._thread != threading.get_ident():
+            return
+        if self._within:
+            self._within -= 1
+            return
+        live, self._live, self._frame = self._live, None, None
         if live is not None:
             live.__exit__(None, None, None)
             refuse_mixed(live, [t for t in tree_leaves(output) if isinstance(t, Tensor)])

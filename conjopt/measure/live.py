@@ -67,7 +67,7 @@ class Live(Recorder):
         store: Callable[[Tensor, int], None],
         plan: Plan,
     ) -> None:
-        parameters = lambda: dict(model.named_parameters())  # noqa: E731
+        parameters = dict(model.named_parameters())
         super().__init__(parameters, inputs, partial(constants_of, model), samples, places, plan)
         self._stride, self._store, self._fused = min(stride, samples), store, fused
         self._rows = -(-samples // self._stride)
@@ -237,7 +237,8 @@ class Live(Recorder):
         if len(inputs) < len(use.versions):  # one was written to, which the rules refuse
             return None
         inputs += use.statistics or ()
-        key: list[Any] = [use.kind, self._stride, summing, torch._C._is_any_autocast_enabled()]
+        autocast = torch._C._is_any_autocast_enabled()
+        key: list[Any] = [use.kind, self._stride, self._fused, summing, autocast]
         for tensor in (*inputs, *cotangents):
             if tensor is None:
                 key.append(None)
@@ -293,7 +294,7 @@ class Live(Recorder):
         if self._rows == self.samples:
             return
         part, mine = use.take(slice(self._rows, None), cotangents)
-        if use.function in CONVOLUTIONS and use.plain(0):
+        if use.function in CONVOLUTIONS and use.plain(0) and not use.whole:
             (b,) = mine
             found = {} if b is None else summed(part, b)
         else:

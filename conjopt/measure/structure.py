@@ -7,7 +7,6 @@ small models there is a shorter way (`conjopt.measure.dense`).
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from conjopt.measure.dense import Shortcut
 from conjopt.measure.last_layer import empty_output
 from conjopt.measure.layers.layout import Samples
-from conjopt.measure.layers.pieces import Piece, products
+from conjopt.measure.layers.pieces import cast, products
 from conjopt.measure.layers.tape import (
     Arguments,
     Tape,
@@ -410,7 +409,7 @@ class _Batch:
         cotangents = basis.reshape(d, 1, *output.shape[1:]).expand(d, *output.shape)
         with torch.no_grad():
             for _, pieces in tape.pull([output], cotangents):
-                total.add([_cast(piece, dtype) for piece in pieces])
+                total.add([cast(piece, dtype) for piece in pieces])
             return total.result()
 
     def _basis(self, output: Tensor) -> Tensor:
@@ -451,15 +450,3 @@ def _same(found: Tensor, expected: Tensor, eps: float) -> bool:
 
 def _at_least_float32(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _cast(piece: Piece, dtype: torch.dtype) -> Piece:
-    fields: Any = piece
-    changed = {
-        field.name: value.to(dtype)
-        for field in dataclasses.fields(fields)
-        if isinstance(value := getattr(piece, field.name), Tensor)
-        and value.is_floating_point()
-        and value.dtype != dtype
-    }
-    return dataclasses.replace(fields, **changed) if changed else piece

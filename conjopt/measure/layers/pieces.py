@@ -12,6 +12,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ __all__ = [
     "Outer",
     "Piece",
     "batch_gram",
+    "cast",
     "joined",
     "lengths",
     "norms_and_sum",
@@ -200,7 +202,7 @@ def squared_norms(pieces: Sequence[Piece]) -> Tensor:
         each = piece.gradients[0]  # not flattened, which would copy what a convolution gives
         return lengths(each, tuple(range(1, each.ndim))).square()
     if len(merged) != 1 or not isinstance(piece, Outer):
-        return sample_gram(merged)[:, 0, 0]
+        return sample_gram(list(map(cast, merged)))[:, 0, 0]
     left, right = piece.left[0], piece.right[0]  # (m, g, t, q), (m, g, t, p)
     t, q, p = left.shape[2], left.shape[3], right.shape[3]
     if t == 1:
@@ -215,6 +217,23 @@ def squared_norms(pieces: Sequence[Piece]) -> Tensor:
         return products.sum(tuple(range(1, products.ndim)))
     norms = [lengths(slab[0].flatten(1), 1) for slab in slabs(merged)]
     return norms[0].square() if len(norms) == 1 else torch.stack(norms).square().sum(0)
+
+
+def cast(piece: Piece, dtype: torch.dtype | None = None) -> Piece:
+    """Return a piece in another floating-point type.
+
+    Args:
+        piece: Gradients.
+        dtype: The type; float32 or wider if `None`.
+    """
+    fields: Any = piece
+    changed = {
+        field.name: value.to(_wide(value) if dtype is None else dtype)
+        for field in dataclasses.fields(fields)
+        if isinstance(value := getattr(piece, field.name), Tensor) and value.is_floating_point()
+    }
+    same = all(value is getattr(piece, name) for name, value in changed.items())
+    return piece if same else dataclasses.replace(fields, **changed)
 
 
 def sum_of(piece: Piece) -> Tensor:

@@ -103,12 +103,13 @@ class Plan:
     Attributes:
         steps: The calls.
         inputs: Shapes and types of the inputs, and whether they require gradients.
+        kept: The `id` of each parameter.
 
     Example:
         >>> from conjopt.measure.layers.uses import Recorder
         >>> layer, x, plan = torch.nn.Linear(2, 3), torch.ones(5, 2), Plan()
         >>> for _ in range(2):  # the second follows the first
-        ...     with Recorder(lambda: dict(layer.named_parameters()), [x], list, 5, plan=plan):
+        ...     with Recorder(dict(layer.named_parameters()), [x], list, 5, plan=plan):
         ...         y = layer(x).relu()
         >>> [step.function.__name__ for step in plan.steps]
         ['linear', 'relu']
@@ -117,6 +118,7 @@ class Plan:
     def __init__(self) -> None:
         self.steps: list[Step] = []
         self.inputs: list[Kind] | None = None
+        self.kept: list[int] | None = None
         self._changes = 0
 
     @property
@@ -127,6 +129,13 @@ class Plan:
     def close(self) -> None:
         """Add no more calls: what follows cannot be told from the calls."""
         self._changes = _CHANGES
+
+    def begin(self, inputs: list[Kind], kept: list[int]) -> None:
+        """Begin a forward, which has nothing to follow where it has other inputs or parameters."""
+        if self.inputs != inputs or self.kept != kept:
+            if self.steps:
+                self.change(0)
+            self.inputs, self.kept = inputs, kept
 
     def change(self, at: int) -> None:
         """Forget the calls from one on, which was another this time."""
@@ -140,13 +149,12 @@ class Followed:
     Args:
         plan: Of earlier ones.
         inputs: Tensors of this one's inputs.
+        kept: Parameters of the model.
     """
 
-    def __init__(self, plan: Plan, inputs: Sequence[Tensor]) -> None:
-        kinds = list(map(_kind, inputs))
-        if plan.inputs is None:
-            plan.inputs = kinds
-        self._plan: Plan | None = plan if plan.inputs == kinds else None
+    def __init__(self, plan: Plan, inputs: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
+        plan.begin(list(map(_kind, inputs)), list(map(id, kept)))
+        self._plan: Plan | None = plan
         self._at = 0
         self._tensors = [weakref.ref(tensor) for tensor in inputs]  # inputs, then results
         self._numbers: dict[int, int] | None = None  # of these, by `id`; of use where plans grow
@@ -165,7 +173,7 @@ class Followed:
             step.function == function
             and len(args) == len(step.args)
             and all(map(self._same, args, step.args))
-            and kwargs.keys() == step.kwargs.keys()
+            and (not kwargs or list(kwargs) == list(step.kwargs))  # in this order, too
             and (not kwargs or all(self._same(kwargs[n], k) for n, k in step.kwargs.items()))
         ):
             return step
@@ -276,6 +284,8 @@ class Followed:
             return value
         if isinstance(value, slice):
             value = slice, (value.start, value.stop, value.step)
+            if tensors_of(value[1]):  # an end that decides by its value
+                raise TypeError
         elif isinstance(value, tuple | list):
             value = type(value), value
         elif isinstance(value, CONSTANT):

@@ -155,7 +155,10 @@ class Recording(TorchDispatchMode):
         Args:
             outputs: What it is to return.
         """
-        self._graph.output(tuple(self._node(tensor) for tensor in outputs))
+        nodes = [self._node(tensor) for tensor in outputs]
+        # One thing twice would be one tensor, and writing to it would be seen in the other.
+        self._works = self._works and len(set(nodes)) == len(nodes)
+        self._graph.output(tuple(nodes))
         if not self._works:
             return None
         # Not by a GraphModule: torch keeps the source of each for good.
@@ -178,7 +181,10 @@ class Recording(TorchDispatchMode):
         """Return the node that made what a tensor is, or a view of."""
         if not isinstance(value, Tensor):
             return None
-        return self._roots.get(value.untyped_storage()._cdata, (None, None))[1]
+        node = self._roots.get(value.untyped_storage()._cdata, (None, None))[1]
+        if node is not None and node.target is operator.getitem:  # of several results
+            return node.args[0]  # type: ignore[return-value]
+        return node
 
     def _root(self, tensor: Tensor, node: Node) -> None:
         self._roots.setdefault(tensor.untyped_storage()._cdata, (tensor, node))

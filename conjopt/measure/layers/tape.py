@@ -77,7 +77,7 @@ class Tape:
         replay = Replay(model, args, kwargs, Replay.random_state(model))
         where = places_of_inputs(model, args, kwargs, self.samples)
         constants = partial(constants_of, model)
-        self._recorder = Recorder(lambda: every, tensors, constants, self.samples, where)
+        self._recorder = Recorder(every, tensors, constants, self.samples, where)
         with torch.enable_grad(), self._recorder:
             outputs, self.draws = replay.run_telling_draws(copies, copy=False)
         self.outputs = [output for output in outputs if output is not None]
@@ -215,11 +215,10 @@ def through(made: Tensor, recorder: Recorder, piece: Piece) -> Iterator[tuple[Te
         piece: Its per-sample gradients.
     """
     k, m, _, q, _ = piece.sizes
-    bases, index = recorder.bases[id(made)], recorder.looked_up.get(id(made))
+    bases, index = recorder.bases[id(made)], recorder.looked_up(made)
     if index is not None:
-        right = piece.slab(0, q).reshape(k, m, -1, made.shape[-1])
         (table,) = bases
-        yield table, Lookup(index.reshape(1, -1).expand(m, -1), right, len(table))
+        yield table, _of_table(index, piece.slab(0, q).reshape(k, m, -1, made.shape[-1]), table)
         return
     gradients = piece.slab(0, q).reshape(k * m, *made.shape)
     size = max(1, BUDGET // max(1, sum(base.numel() for base in bases)))
@@ -229,6 +228,18 @@ def through(made: Tensor, recorder: Recorder, piece: Piece) -> Iterator[tuple[Te
     ]
     for base, found in zip(bases, zip(*parts, strict=True), strict=True):
         yield base, Dense(torch.cat(found).reshape(k, m, 1, 1, -1))
+
+
+def _of_table(index: Tensor, right: Tensor, table: Tensor) -> Piece:
+    """Return the gradients of a table, `(k, m, t, d)` for rows that are the same for all samples.
+
+    Of each place with each other, or as they are, whichever is less.
+    """
+    (k, m, t, d), size = right.shape, len(table)
+    if t * t < size:
+        return Lookup(index.reshape(1, -1).expand(m, -1), right, size)
+    found = right.new_zeros(k, m, size, d).index_add_(2, index.reshape(-1), right)
+    return Dense(found.unsqueeze(2))
 
 
 def _pulled(

@@ -121,7 +121,7 @@ class Use:
             ],
             self.places,
             few,
-            [],
+            self.versions,
             where,
             statistics=kept and (kept[0][rows], kept[1][rows]),
         )

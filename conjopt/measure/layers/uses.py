@@ -9,17 +9,21 @@ the gradient of its result into per-sample gradients (`conjopt.measure.layers.ru
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    _pop_mode_temporarily,
+)
 from torch.utils._pytree import tree_map
 
 from conjopt.measure.layers.layout import (
@@ -43,7 +47,7 @@ class Recorder(TorchFunctionMode):
     """Records the uses of parameters while it is active.
 
     Args:
-        parameters: Finds them by name; those that require gradients are recorded.
+        parameters: By name; those that require gradients are recorded.
         inputs: Tensors of the model's inputs.
         constants: Finds tensors without samples, such as buffers; called when it matters.
         samples: `m`, the size of the dimension of samples.
@@ -55,12 +59,11 @@ class Recorder(TorchFunctionMode):
         made: Tensors that were computed from parameters alone.
         bases: By the `id` of a made tensor, the parameters that it may have been made of.
         related: The `id` of all that were made of others, and of what they were made of.
-        looked_up: By the `id` of one whose rows were looked up in a parameter, their numbers.
     """
 
     def __init__(
         self,
-        parameters: Callable[[], Mapping[str, Tensor]],
+        parameters: Mapping[str, Tensor],
         inputs: Iterable[Tensor],
         constants: Callable[[], Iterable[Tensor]],
         samples: int,
@@ -73,10 +76,15 @@ class Recorder(TorchFunctionMode):
         self.made: list[Tensor] = []
         self.bases: dict[int, list[Tensor]] = {}
         self.related: set[int] = set()
-        self.looked_up: dict[int, Tensor] = {}
-        self._parameters = parameters
-        if plan is None or not plan.steps:
-            _ = self._weights  # which may refuse
+        # Rows that were looked up in a parameter: their numbers, and to tell that they are as then.
+        self._looked_up: dict[int, tuple[Tensor, Any, int]] = {}
+        complex_ones = [n for n, p in parameters.items() if p.requires_grad and p.is_complex()]
+        if complex_ones:
+            raise RuntimeError(
+                f"Complex parameters are not measured: {', '.join(complex_ones)}. Keep their real "
+                "and imaginary parts, and take torch.view_as_complex in the forward."
+            )
+        self._weights = {id(p): p for p in parameters.values() if p.requires_grad}
         # What a made tensor repeats for each sample, and where.
         self._repeated: dict[int, tuple[Tensor, Samples]] = {}
         # Views whose gradients arrive nowhere else, with their versions.
@@ -85,23 +93,12 @@ class Recorder(TorchFunctionMode):
         self._viewed: list[tuple[weakref.ref[Tensor], Use, int, GradientEdge]] = []
         self._places: dict[int, tuple[weakref.ref[Tensor], Samples | None]] = {}
         inputs = list(inputs)
-        self._followed = None if plan is None else Followed(plan, inputs)
-        self._find_constants = lambda: (*constants(), *parameters().values())
+        kept = list(parameters.values())
+        self._followed = None if plan is None else Followed(plan, inputs, kept)
+        self._find_constants = lambda: (*constants(), *kept)
         self._constants: dict[int, Tensor] | None = None
         for tensor, at in zip(inputs, where or [by_size(t, samples) for t in inputs], strict=True):
             self._put(tensor, at)
-
-    @cached_property
-    def _weights(self) -> dict[int, Tensor]:
-        """Parameters that require gradients, and what is made of them, by `id`."""
-        parameters = self._parameters()
-        complex_ones = [n for n, p in parameters.items() if p.requires_grad and p.is_complex()]
-        if complex_ones:
-            raise RuntimeError(
-                f"Complex parameters are not measured: {', '.join(complex_ones)}. Keep their real "
-                "and imaginary parts, and take torch.view_as_complex in the forward."
-            )
-        return {id(p): p for p in parameters.values() if p.requires_grad}
 
     def __torch_function__(
         self,
@@ -317,6 +314,12 @@ class Recorder(TorchFunctionMode):
         self._apply(function, args, kwargs, given, results, found)
         return found if again else None
 
+    def looked_up(self, made: Tensor) -> Tensor | None:
+        """Return the numbers of the rows of a parameter that a made tensor is, if it is that."""
+        index, node, version = self._looked_up.get(id(made), (None, None, -1))
+        same = made.grad_fn is node and made._version == version
+        return index if same and not made._backward_hooks else None
+
     def _apply(
         self,
         function: Callable[..., Any],
@@ -331,11 +334,11 @@ class Recorder(TorchFunctionMode):
         if found.made:
             for tensor in [t for t in results if t.requires_grad]:
                 self._make(tensor, weights)
-                self.looked_up.pop(id(tensor), None)  # it may have been written to
                 if function is F.embedding:
-                    index, table = _looked_up(args, kwargs)
+                    index, table = _index_and_table(args, kwargs)
                     if table is weights[0] and id(table) not in self.bases:
-                        self.looked_up[id(tensor)] = index
+                        as_then = index, tensor.grad_fn, tensor._version
+                        self._looked_up[id(tensor)] = as_then
                 if plain_name(function) in _REPEATS and (
                     at := repeated(tensor, args[0], self.samples)
                 ):
@@ -539,6 +542,16 @@ class Recorder(TorchFunctionMode):
                 use.edges[place] = edge
 
 
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Take all modes that see calls of torch functions off, and put them on again."""
+    modes = _get_current_function_mode_stack()
+    with contextlib.ExitStack() as stack:
+        for _ in modes:
+            stack.enter_context(_pop_mode_temporarily())
+        yield
+
+
 _WRITES: dict[Any, bool] = {}
 _FOLLOWED: dict[Any, tuple[list[Samples | None], list[Samples | None], bool, int]] = {}
 _KINDS = itertools.count()
@@ -561,7 +574,7 @@ def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     return found
 
 
-def _looked_up(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+def _index_and_table(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """Return what an embedding is given and its table; no table if it does more than look up."""
     given = dict(zip(_EMBEDDING, args, strict=False)) | kwargs
     more = given.get("padding_idx") is not None or given.get("max_norm") is not None
