@@ -37,6 +37,7 @@ from conjopt.measure.layers.uses import Recorder, Use
 __all__ = ["Live"]
 
 # They keep what they were given for the backward, so that it cannot run twice unless told to.
+_PLAIN = frozenset((Tensor, nn.Parameter))
 _KEEPING = CONVOLUTIONS | {F.linear}
 LITTLE, MANY = 2**16, 64  # bytes of gradients whose norms can wait, and how many may
 
@@ -175,17 +176,18 @@ class Live(Recorder):
         if gradient is not None and held:  # else the node itself says that its graph is gone
             shape = held[0].shapes[place]
             gradient = gradient if gradient.shape == shape else gradient.reshape(shape)
-            self._all_arrived(held, [place], [gradient])
+            self._all_arrived(held, (place,), (gradient,))
 
     def _all_arrived(
-        self, held: list[Use], places: list[int], gradients: Sequence[Tensor | None]
+        self, held: list[Use], places: Sequence[int], gradients: Sequence[Tensor | None]
     ) -> None:
         (use,) = held
         if use.function in _KEEPING and not keeps_graph():
             held.clear()
         cotangents: list[Tensor | None] = [None] * len(use.shapes)
         for place, gradient in zip(places, gradients, strict=True):
-            cotangents[place] = None if gradient is None else gradient.detach()
+            grown = gradient is not None and gradient.requires_grad  # with create_graph
+            cotangents[place] = gradient.detach() if gradient is not None and grown else gradient
         self._measure(use, cotangents)
 
     def _measure(
@@ -223,30 +225,33 @@ class Live(Recorder):
 
     def _norms(self, use: Use, cotangents: Sequence[Tensor | None], summing: bool) -> Lists:
         """Return what `_norms_by_rules` does, for a known kind of use without the rules."""
-        plain = partial(self._norms_by_rules, use, cotangents, summing)
-        inputs = [t for t, _ in use.versions]
-        inputs += [t for t in (*(use.statistics or ()), *cotangents) if t is not None]
-        key = self._key(use, cotangents, summing)
-        return plain() if key is None else again(key, inputs, plain)
+        inputs = [t for t, version in use.versions if t._version == version]
+        unchanged = len(inputs) == len(use.versions)  # else the rules refuse
+        inputs += use.statistics or ()
+        inputs += [t for t in cotangents if t is not None]
+        key = self._key(use, inputs, cotangents, summing) if unchanged else None
+        if key is None:
+            return self._norms_by_rules(use, cotangents, summing)
+        return again(key, inputs, lambda: self._norms_by_rules(use, cotangents, summing))
 
-    def _key(self, use: Use, cotangents: Sequence[Tensor | None], summing: bool) -> Any:
+    def _key(
+        self,
+        use: Use,
+        inputs: list[Tensor],
+        cotangents: Sequence[Tensor | None],
+        summing: bool,
+    ) -> Any:
         """Return all that decides what is done for a use; `None` if that cannot be told."""
         if use.kind is None or not by_shapes(use):
             return None
-        inputs = [t for t, version in use.versions if t._version == version]
-        if len(inputs) < len(use.versions):  # one was written to, which the rules refuse
+        if not _PLAIN.issuperset(map(type, inputs)):
             return None
-        inputs += use.statistics or ()
+        kinds = [(t.dtype, t.device, t.stride()) for t in inputs if t.layout is torch.strided]
+        if len(kinds) < len(inputs):
+            return None
+        missing = None if len(cotangents) == 1 else tuple([c is None for c in cotangents])
         autocast = torch._C._is_any_autocast_enabled()
-        key: list[Any] = [use.kind, self._stride, self._fused, summing, autocast]
-        for tensor in (*inputs, *cotangents):
-            if tensor is None:
-                key.append(None)
-            elif type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
-                return None
-            else:
-                key.append((tensor.dtype, tensor.device, tensor.stride()))
-        return tuple(key)
+        return use.kind, self._stride, self._fused, summing, autocast, missing, *kinds
 
     def _norms_by_rules(
         self, use: Use, cotangents: Sequence[Tensor | None], summing: bool

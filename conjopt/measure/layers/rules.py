@@ -29,6 +29,7 @@ Cotangents = Sequence[Tensor | None]
 Rule = Callable[[Use, Cotangents], Found | None]
 
 _RULES: dict[Any, Rule] = {}
+_BY_SHAPES: set[Any] = set()  # functions with rules of this package
 
 
 def register_rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
@@ -65,8 +66,12 @@ def register_rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
     """
 
     def register(rule: Rule) -> Rule:
+        # Not its own `__module__`, which `functools.wraps` copies.
+        module = getattr(rule, "__globals__", {}).get("__name__", "")
+        own = module.startswith(__name__.rpartition(".")[0])
         for function in functions:
             _RULES[function] = rule
+            (_BY_SHAPES.add if own else _BY_SHAPES.discard)(function)
         return rule
 
     return register
@@ -101,11 +106,7 @@ def by_shapes(use: Use) -> bool:
 
     Rules of others may depend on anything; several calls are made of those that have none.
     """
-    rule = _RULES.get(use.function)
-    # Not its own `__module__`, which `functools.wraps` copies.
-    module = getattr(rule, "__globals__", {}).get("__name__", "")
-    own = module.startswith(__name__.rpartition(".")[0])
-    return own and not use.whole and use.function not in LAYOUTS
+    return use.function in _BY_SHAPES and not use.whole and use.function not in LAYOUTS
 
 
 def places(use: Use, tensor: Tensor, at: Samples | None, lead: int = 0) -> Tensor | None:
