@@ -247,7 +247,6 @@ def test_an_input_that_was_written_to_is_refused(share, monkeypatch):
     monkeypatch.setattr(live, "SLAB", 1)  # in several ranges
     model, x = make("by name")
     writes = [False]
-    model.conv.register_forward_pre_hook(lambda module, args: None)
     forward = model.forward
 
     def written(x: Tensor) -> Tensor:

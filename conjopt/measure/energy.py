@@ -254,12 +254,8 @@ class EnergyProbe:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **vars(self),
-            "_plans": {},
-            "_live": None,
-            "_frame": None,
-        }  # which refer to this model's tensors
+        # Not what is known of this model's tensors, or of a forward that goes on.
+        return {**vars(self), "_plans": {}, "_live": None, "_frame": None}
 
     @property
     def energy(self) -> Tensor | None:

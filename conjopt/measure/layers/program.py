@@ -183,7 +183,9 @@ class Recording(TorchDispatchMode):
             return None
         node = self._roots.get(value.untyped_storage()._cdata, (None, None))[1]
         if node is not None and node.target is operator.getitem:  # of several results
-            return node.args[0]  # type: ignore[return-value]
+            (whole, _) = node.args
+            assert isinstance(whole, Node)
+            return whole
         return node
 
     def _root(self, tensor: Tensor, node: Node) -> None:
