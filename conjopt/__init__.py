@@ -7,11 +7,11 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
-from conjopt import bounds, entropy, losses, measure, optim, potentials, report
+from conjopt import bounds, entropy, losses, measure, optim, potentials
 from conjopt.optim import AdaptiveBatchSampler, ConjSGD
 
 if _TYPE_CHECKING:
-    from conjopt import regularizers
+    from conjopt import regularizers, report
     from conjopt.diagnosis import Diagnosis, diagnose
 
 __all__ = [
@@ -38,6 +38,11 @@ def __getattr__(name: str) -> _Any:
         from conjopt import diagnosis
 
         return getattr(diagnosis, name)
-    if name == "regularizers":
-        return _importlib.import_module("conjopt.regularizers")
+    if name in ("regularizers", "report"):
+        return _importlib.import_module(f"conjopt.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Name what is imported late, too."""
+    return sorted({*globals(), *__all__})

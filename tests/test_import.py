@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import conjopt
+
 ROOT = Path(__file__).parents[1]
 SLOW = (
     "torch._dynamo",
@@ -18,6 +20,8 @@ SLOW = (
     "transformers",
     "tensorboard",
     "hypothesis",
+    "conjopt.regularizers",
+    "conjopt.report",
 )
 
 
@@ -28,3 +32,7 @@ def test_nothing_slow_is_loaded():
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_dir_names_what_is_imported_late():
+    assert set(conjopt.__all__) <= set(dir(conjopt))
