@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta as beta_law
 
@@ -38,10 +38,14 @@ def wealth(x, d, m, fixed):
 
 
 def two_coins(p, q):
+    if q == 1 and p < 1:  # where bisection ends at 1
+        return math.inf
     return sum(a * math.log(a / b) for a, b in ((p, q), (1 - p, 1 - q)) if a > 0)
 
 
 def log_mixture(S, t, m):
+    if m == 1 and t > S:
+        return math.inf
     mass = math.lgamma(S + 0.5) + math.lgamma(t - S + 0.5) - math.lgamma(t + 1) - math.log(math.pi)
     return mass - S * math.log(m) - (t - S) * math.log(1 - m)
 
@@ -113,6 +117,7 @@ samples = st.tuples(
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("anytime", [False, True])
 @settings(max_examples=60)
+@example(np.array([0.92940687]), 0.05)  # less than a rounding below 1
 @given(samples, st.sampled_from([0.5, 0.05, 1e-6]))
 def test_the_bound_is_that_of_the_plain_reference(method, anytime, x, d):
     found = heldout_certificate(x, max_loss=1.0, confidence=1 - d, method=method, anytime=anytime)
