@@ -19,6 +19,7 @@ from conjopt.losses import potential_of
 from conjopt.losses.reading import PotentialOf
 from conjopt.measure.layers.tape import as_arguments, number_of_samples
 from conjopt.measure.replay import REPLAYING, Replay, refuse_reentrant
+from conjopt.measure.writes import untouched
 
 __all__ = ["Point", "Risk", "Samples", "Sums"]
 
@@ -295,7 +296,9 @@ class Risk:
         # Copies, as a model may write to its inputs.
         args, kwargs, targets = tree_map(lambda leaf: _double(leaf, device, copy=True), trees)
         before = Replay.random_state(self.model)
-        outputs = functional_call(self.model, {**point.other, **point.trained}, args, kwargs)
+        tensors = {**point.other, **point.trained}
+        with untouched(self.model, tensors) as tensors:
+            outputs = functional_call(self.model, tensors, args, kwargs)
         if not _equal(before, Replay.random_state(self.model)):
             raise ValueError(
                 f"{self.name}: {type(self.model).__name__} draws random numbers, and Thm 3.1 needs "

@@ -25,8 +25,9 @@ from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
-from conjopt.measure.replay import compiled_parts, renormalised
+from conjopt.measure.replay import compiled_parts
 from conjopt.measure.shards import is_sharded
+from conjopt.measure.writes import untouched, written
 
 __all__ = ["ATTENDING", "PART", "SMALL", "Shortcut"]
 
@@ -62,7 +63,8 @@ class Shortcut:
 
     It is for one tensor of inputs on a CPU, with all samples along dimension 0. A model is tried
     once for inputs of a shape, in a mode, with the same parts and parameters trained. Hooks,
-    compiled, scripted, sharded and renormalised parts, autocast and random numbers close it.
+    compiled, scripted and sharded parts, a forward that writes to parameters, autocast and random
+    numbers close it.
 
     Attributes:
         name: Of the function that measures.
@@ -161,7 +163,7 @@ class Shortcut:
             entries > 0
             and (one or (many and not together))
             and like.device.type == "cpu"
-            and not renormalised(self.model)
+            and not written(self.model)
             and not compiled_parts(self.model)
             and not any(isinstance(m, torch.jit.ScriptModule) for m in self.model.modules())
             and not any(is_sharded(p) for p in self.model.parameters())
@@ -206,7 +208,8 @@ class Shortcut:
 
         cotangents = basis.reshape(d, *one)
         try:
-            with sdpa_kernel(SDPBackend.MATH) if self._plain else contextlib.nullcontext():
+            plain = sdpa_kernel(SDPBackend.MATH) if self._plain else contextlib.nullcontext()
+            with plain, untouched(model, {}, copy=False):
                 outputs, found = vmap(pulled)(self.inputs[rows.start : rows.stop].detach().clone())
         except Exception:  # random numbers, a choice by values, something written to, no rule
             return None

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from conjopt.measure.graph_hooks import without_multi_grad_hooks
 from conjopt.measure.shards import is_sharded, moved_in_place
+from conjopt.measure.writes import untouched
 
 __all__ = [
     "Pull",
@@ -25,7 +26,6 @@ __all__ = [
     "changed_buffers",
     "compiled_parts",
     "refuse_reentrant",
-    "renormalised",
 ]
 
 # Whether the model runs for a measurement, which other measurements are to leave alone.
@@ -41,8 +41,9 @@ class Replay:
 
     The copy of the inputs, the state of the random number generators before the forward, and
     copies of the buffers, those that it changed as they were before it, make it the same function;
-    nothing that the model owns is written to. Parts that `torch.compile` was called on run
-    uncompiled.
+    nothing that the model owns is written to: a forward that writes to parameters gets copies of
+    them, and attributes of modules are given back what they referred to (`conjopt.measure.writes`).
+    Parts that `torch.compile` was called on run uncompiled.
 
     Attributes:
         model: the module.
@@ -92,7 +93,7 @@ class Replay:
 
         Args:
             parameters: by name, what to use in place of the model's own.
-            copy: whether to copy those parameters that the forward writes to (`renormalised`).
+            copy: whether to copy those parameters that the forward writes to (`writes.untouched`).
 
         Example:
             >>> model = nn.Linear(2, 3)
@@ -135,13 +136,11 @@ class Replay:
             )
         # Copies, as the forward may write to them.
         buffers = {n: before.get(n, buffer).clone() for n, buffer in model.named_buffers()}
-        if copy and (written := renormalised(model)):
-            copies = {n: parameters.get(n, p).clone() for n, p in written.items()}
-            parameters = {**parameters, **copies}
         cpu, others = self.random
         devices = [device.index for device in others]
         fork = torch.random.fork_rng(devices, enabled=True)
-        with self.paused(), _uncompiled(), _uncached(), fork:
+        kept = untouched(model, parameters, copy=copy)
+        with self.paused(), _uncompiled(), _uncached(), fork, kept as parameters:
             torch.set_rng_state(cpu)
             for device, state in others.items():
                 torch.cuda.set_rng_state(state, device)
@@ -251,29 +250,6 @@ def changed_buffers(model: nn.Module, before: Mapping[str, Tensor]) -> dict[str,
     """
     now = dict(model.named_buffers())
     return {n: copy for n, copy in before.items() if n in now and not _same(now[n], copy)}
-
-
-def renormalised(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters that a forward writes to: tables of embeddings with a `max_norm`.
-
-    Args:
-        model: not the wrapper of torch.compile.
-
-    Returns:
-        by their names in `model.named_parameters()`.
-
-    Example:
-        >>> list(renormalised(nn.Sequential(nn.Embedding(3, 2, max_norm=1.0), nn.Linear(2, 2))))
-        ['0.weight']
-    """
-    tables = {
-        id(module.weight)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
-    }
-    if not tables:
-        return {}
-    return {name: p for name, p in model.named_parameters() if id(p) in tables}
 
 
 def compiled_parts(model: nn.Module) -> list[str]:

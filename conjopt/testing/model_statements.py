@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from conjopt import bounds, measure
-from conjopt.measure.replay import compiled_parts, renormalised
+from conjopt.measure.replay import compiled_parts
+from conjopt.measure.writes import written
 from conjopt.optim import step_size
 from conjopt.potentials import Squared
 from conjopt.testing.measured import MeasuredStatements, Sides, unchecked
@@ -92,8 +93,10 @@ class ModelStatements(MeasuredStatements):
         other = next((t.dtype for t in tensors if t.dtype != torch.float64), None)
         if other is not None:
             left_out[DERIVATIVE] = f"as differences need float64, and there is {other}"
-        elif renormalised(self.model):
-            left_out[DERIVATIVE] = "as an embedding with max_norm writes to its table"
+        elif written(self.model):
+            left_out[DERIVATIVE] = (
+                "as the forward writes to parameters (an embedding with max_norm does)"
+            )
         if self.search.samples < 2:
             left_out["autograd: the gradient noise"] = (
                 "as there is one sample, and noise needs two: give two or more"

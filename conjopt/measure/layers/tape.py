@@ -22,7 +22,8 @@ from conjopt.measure.layers.layout import tensors as tensors_in
 from conjopt.measure.layers.pieces import BUDGET, Dense, Lookup, Piece
 from conjopt.measure.layers.rules import pieces_of
 from conjopt.measure.layers.uses import Recorder, Use
-from conjopt.measure.replay import Replay, refuse_reentrant, renormalised
+from conjopt.measure.replay import Replay, refuse_reentrant
+from conjopt.measure.writes import told, written
 
 __all__ = ["LITTLE", "Arguments", "Tape", "as_arguments", "number_of_samples", "refuse_mixed"]
 
@@ -67,14 +68,17 @@ class Tape:
         args, kwargs = as_arguments(inputs)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self.samples = number_of_samples(tensors)
+        replay = Replay(model, args, kwargs, Replay.random_state(model))
+        if not told(_plain(model)):
+            with torch.enable_grad():
+                replay.run({})
         every: dict[str, Tensor] = dict(_plain(model).named_parameters())
         copies = {
             name: p.detach().clone().requires_grad_(p.requires_grad)
-            for name, p in renormalised(_plain(model)).items()
+            for name, p in written(_plain(model)).items()
         }
         every |= copies
         self._parameters = {name: p for name, p in every.items() if p.requires_grad}
-        replay = Replay(model, args, kwargs, Replay.random_state(model))
         where = places_of_inputs(model, args, kwargs, self.samples)
         constants = partial(constants_of, model)
         self._recorder = Recorder(every, tensors, constants, self.samples, where)

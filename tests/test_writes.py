@@ -1,0 +1,298 @@
+"""Models whose forward writes to their own weights, or counts: measuring leaves them alone."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from conjopt import ConjSGD, bounds, measure
+from conjopt.losses import FenchelYoungLoss
+from conjopt.measure.writes import renormalised, told, untouched, written
+from conjopt.potentials import Softmax
+
+SOFTMAX = Softmax()
+
+
+def normalises(layer: nn.Module) -> None:
+    """As forced weight normalisation does (Karras et al., 2024, arXiv:2312.02696)."""
+    layer.weight.copy_(1.1 * F.normalize(layer.weight, dim=1))
+
+
+def drifts(layer: nn.Module) -> None:
+    layer.weight.mul_(0.9).add_(0.01)
+
+
+def clips_data(layer: nn.Module) -> None:
+    layer.weight.data.clamp_(-0.5, 0.4)
+
+
+def replaces_data(layer: nn.Module) -> None:
+    layer.weight.data = 1.01 * layer.weight.data
+
+
+WRITERS = [normalises, drifts, clips_data, replaces_data]
+
+
+class Written(nn.Module):
+    """A linear layer that writes to its weight in training mode, counts, and keeps its inputs."""
+
+    def __init__(self, write: Callable[[nn.Module], None], inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, dtype=torch.float64))
+        self.write, self.calls = write, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.kept = x.detach()
+        if self.training:
+            with torch.no_grad():
+                self.write(self)
+        return F.linear(x, self.weight / self.weight.norm(dim=1, keepdim=True))
+
+
+def network(write: Callable[[nn.Module], None]) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(Written(write, 4, 8), nn.Tanh(), Written(write, 8, 3))
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(6, 4, dtype=torch.float64, generator=generator), torch.arange(6) % 3
+
+
+def fixed_direction(model: nn.Module) -> dict[str, Tensor]:
+    return {name: torch.full_like(p, 0.1) for name, p in model.named_parameters()}
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(2)
+
+
+LOSS = nn.CrossEntropyLoss()
+MEASURED: dict[str, Callable[[nn.Module, Tensor, Tensor], Any]] = {
+    "per_sample_gradient_norms": lambda m, x, y: measure.per_sample_gradient_norms(m, LOSS, x, y),
+    "structure_matrix": lambda m, x, y: measure.structure_matrix(m, x),
+    "batch_structure_matrix": lambda m, x, y: measure.batch_structure_matrix(m, x),
+    "top_structure": lambda m, x, y: measure.top_structure(m, x, generator=generator()).value,
+    "top_curvature": lambda m, x, y: (
+        measure.top_curvature(m, SOFTMAX, x, generator=generator()).value
+    ),
+    "curvature_along": lambda m, x, y: measure.curvature_along(m, SOFTMAX, x, fixed_direction(m)),
+    "gradient_noise": lambda m, x, y: measure.gradient_noise(m, LOSS, x, y).noise,
+    "risk_sandwich": lambda m, x, y: torch.as_tensor(
+        bounds.risk_sandwich(m, FenchelYoungLoss(SOFTMAX), x, F.one_hot(y, 3).double()).upper
+    ),
+}
+
+
+def state(model: nn.Module) -> list[Any]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def assert_untouched(model: nn.Module, before: list[Tensor]) -> None:
+    assert all(map(torch.equal, model.parameters(), before))
+    for layer in (model[0], model[2]):
+        assert layer.calls == 0
+        assert not hasattr(layer, "kept")
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("name", MEASURED)
+def test_measuring_leaves_the_weights_and_is_of_those_that_the_forward_writes(name, write):
+    model, (x, y) = network(write), batch()
+    before = state(model)
+    for _ in range(2):  # the first time it is found out what is written to
+        found = MEASURED[name](model, x, y)
+        assert_untouched(model, before)
+        after = copy.deepcopy(model)
+        after(x)
+        expected = MEASURED[name](after.eval(), x, y)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_self_check_finds_nothing_and_leaves_the_weights(write):
+    model, (x, y) = network(write), batch()
+    before = state(model)
+    measure.self_check(model, LOSS, x, y)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("options", [{}, {"share": 0.5}, {"fused": True}], ids=str)
+def test_a_probed_loop_is_the_loop_without(options, write):
+    plain, (x, y) = network(write), batch()
+    watched = copy.deepcopy(plain)
+    probe = measure.EnergyProbe(watched, **options)
+    for calls in range(1, 5):
+        for model in (plain, watched):
+            model.zero_grad()
+            LOSS(model(x), y).backward()
+        assert all(map(torch.equal, plain.parameters(), watched.parameters()))
+        for one, other in zip(plain.parameters(), watched.parameters(), strict=True):
+            assert torch.equal(one.grad, other.grad)
+        assert plain[0].calls == watched[0].calls == calls
+        still = copy.deepcopy(plain).eval()
+        expected = measure.per_sample_gradient_norms(still, LOSS, x, y)
+        expected = expected[::2] if "share" in options else expected
+        torch.testing.assert_close(probe.norms, expected, rtol=1e-12, atol=1e-13)
+
+
+class Drifting(nn.Module):
+    """Adds one to a parameter that is not trained in each forward, and counts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3, dtype=torch.float64)
+        self.forwards = nn.Parameter(torch.zeros((), dtype=torch.float64), requires_grad=False)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        with torch.no_grad():
+            self.forwards += 1
+        return self.linear(x) + 0 * self.forwards
+
+
+@pytest.mark.parametrize("direction", ["spectral", "sgd"])
+def test_the_optimizer_adds_no_forwards_that_the_model_could_count(direction):
+    model, (x, y) = Drifting(), batch()
+    optimizer = ConjSGD(
+        model.parameters(), model=model, loss=LOSS, direction=direction, measure_every=2
+    )
+    for step in range(1, 9):
+        optimizer.zero_grad()
+        LOSS(model(x), y).backward()
+        optimizer.step()
+        assert (model.calls, int(model.forwards)) == (step, step)
+
+
+def test_the_ledger_adds_no_forwards_that_the_model_could_count():
+    model, (x, y) = Drifting(), batch()
+    ledger = bounds.ConvergenceLedger(model, LOSS, x, y, whole=True, chunk=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(1, 4):
+        optimizer.zero_grad()
+        LOSS(model(x), y).backward()
+        start = ledger.begin(x, y)
+        optimizer.step()
+        ledger.end(start)
+        assert (model.calls, int(model.forwards)) == (step, step)
+
+
+class FirstCall(nn.Module):
+    """Sets its bias by the first batch it is called on, and remembers that in a plain attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(4, dtype=torch.float64))
+        self.head, self.ready = nn.Linear(4, 3, dtype=torch.float64), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.ready:
+            self.ready, self.bias.data = True, -x.mean(0)
+        return self.head(x + self.bias)
+
+
+def test_what_the_first_batch_sets_is_set_by_the_loop():
+    model, (x, y) = FirstCall(), batch()
+    plain = copy.deepcopy(model)
+    with pytest.raises(measure.MeasurementError, match="first forward depends on the batch"):
+        measure.per_sample_gradient_norms(model, LOSS, x[:3], y[:3])
+    assert not model.ready
+    assert not model.bias.any()
+    assert torch.equal(model(x), plain(x))
+    measure.per_sample_gradient_norms(model, LOSS, x[:3], y[:3])
+
+
+class Assigned(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight *= 0.9
+        return super().forward(x)
+
+
+def test_assignments_to_a_parameter_are_refused_with_what_to_do():
+    model, (x, y) = Assigned(4, 3, dtype=torch.float64), batch()
+    before = state(model)
+    with pytest.raises(measure.MeasurementError, match=r"write to it, as in .self.weight.mul_"):
+        measure.per_sample_gradient_norms(model, LOSS, x, y)
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_what_is_written_to_is_remembered_by_mode():
+    model, (x, y) = network(drifts), batch()
+    assert not told(model)
+    measure.per_sample_gradient_norms(model, LOSS, x, y)
+    assert told(model)
+    assert list(written(model)) == ["0.weight", "2.weight"]
+    model.eval()
+    assert not told(model)
+    measure.per_sample_gradient_norms(model, LOSS, x, y)
+    assert list(written(model)) == []
+
+
+def test_what_is_written_to_later_is_found_then():
+    model, (x, y) = network(lambda layer: None), batch()
+    measure.per_sample_gradient_norms(model, LOSS, x, y)
+    model[2].write = drifts
+    measure.per_sample_gradient_norms(model, LOSS, x, y)
+    assert list(written(model)) == ["2.weight"]
+    before = state(model)
+    measure.per_sample_gradient_norms(model, LOSS, x, y)
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+@pytest.mark.parametrize("write", [drifts, replaces_data])
+def test_writes_are_told_on_devices_whose_values_are_not_looked_at(write, monkeypatch):
+    monkeypatch.setattr("conjopt.measure.writes._same", lambda copy, given: True)
+    model, (x, y) = network(write), batch()
+    measure.per_sample_gradient_norms(model, LOSS, x, y)
+    assert list(written(model)) == ["0.weight", "2.weight"]
+
+
+def test_an_embedding_that_renormalises_is_known_beforehand():
+    model = nn.Sequential(nn.Embedding(3, 2, max_norm=1.0), nn.Linear(2, 2))
+    assert list(written(model)) == list(renormalised(model)) == ["0.weight"]
+
+
+def test_nothing_is_remembered_of_a_forward_that_fails():
+    model = nn.Linear(2, 2)
+
+    def fail() -> None:
+        with untouched(model, {}) as parameters, torch.no_grad():
+            parameters["weight"].mul_(2)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert not told(model)
+
+
+def test_attributes_come_back_after_an_error():
+    model = nn.Linear(2, 2)
+    model.calls = 0
+
+    def fail() -> None:
+        with untouched(model, {}):
+            model.calls, model.more = 1, 1
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert model.calls == 0
+    assert not hasattr(model, "more")
+
+
+def test_not_a_number_is_no_write():
+    model = nn.Linear(2, 2)
+    with torch.no_grad():
+        model.bias[0] = float("nan")
+    with untouched(model, {}):
+        pass
+    assert told(model)
+    assert list(written(model)) == []
