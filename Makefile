@@ -40,6 +40,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python tests/benchmarks/loss_time.py
 	$(BIN)/python tests/benchmarks/measuring.py
 	$(BIN)/python tests/benchmarks/small_structures.py
+	$(BIN)/python tests/benchmarks/structure_costs.py
 	$(BIN)/python tests/benchmarks/weak_spots.py
 	$(BIN)/python tests/benchmarks/regularizers.py
 	if [ -d "$(DATA)" ]; then \

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import conjopt.measure.dense as dense
 import conjopt.measure.structure as structure
-from conjopt.measure import batch_structure_matrix, self_check, structure_matrix
+from conjopt.measure import batch_structure_matrix, costs, self_check, structure_matrix
+from conjopt.measure.layers.tape import Tape
 from conjopt.potentials import Softmax, Squared
 
 # Recurrent networks write to their intermediate results, which vmap refuses.
@@ -176,6 +177,22 @@ def test_those_that_are_not_narrow_are_not(ways: Ways, monkeypatch: pytest.Monke
         for _ in range(2):
             ways.take()
             structure_matrix(model, inputs)
+        assert ways.take() == expected
+
+
+def test_with_one_output_those_are_whose_factors_save_little(
+    ways: Ways, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(dense, "SMALL", 1)
+    # A gradient of 72 x 8 entries: T places cost 576 T, or T^2 (72 + 8) by the factors' products.
+    for k, side, expected in ((1, 2, (1, 0)), (1, 3, (0, 1)), (2, 3, (1, 0))):
+        model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Flatten(), nn.AdaptiveAvgPool1d(3))
+        model = model.append(nn.Linear(3, k)).double()
+        inputs = torch.randn(5, 8, side + 2, side + 2).double()
+        J = jacobians(model, inputs)
+        for _ in range(2):
+            ways.take()
+            close(structure_matrix(model, inputs), J @ J.mT)
         assert ways.take() == expected
 
 
@@ -540,3 +557,39 @@ def test_the_model_is_left_alone():
     assert torch.equal(model[0].weight.grad, torch.ones(4, 3).double())
     assert model[2].weight.grad is None
     assert all(isinstance(p, nn.Parameter) for p in model.parameters())
+
+
+def test_the_whole_jacobian_is_taken_where_it_is_estimated_to_be_shorter(
+    ways: Ways, monkeypatch: pytest.MonkeyPatch
+):
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    inputs = torch.randn(7, 6).double()
+    J = jacobians(model, inputs)
+    whole, layers = costs.features(Tape(model, inputs), 7, 4)
+    # Only the entries cost the one way, and only calls the other: then the numbers decide.
+    entries = 7 * 4 * (6 * 5 + 5 + 5 * 4 + 4)
+    assert (whole[4], layers[1]) == (entries, 2)
+    monkeypatch.setattr(costs, "LAYERS", (0, 1, 0, 0, 0, 0, 0))
+    for call, expected in ((2.1 * 1.1 / entries, (1, 0)), (1.9 * 1.1 / entries, (0, 1))):
+        monkeypatch.setattr(costs, "WHOLE", (0, 0, 0, 0, call, 0))
+        dense._SETTLED.clear()
+        for _ in range(2):
+            ways.take()
+            close(structure_matrix(model, inputs), J @ J.mT)
+        assert ways.take() == expected
+
+
+def test_what_is_counted_for_the_estimate():
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(2), nn.LayerNorm(4), nn.Flatten())
+    model.append(nn.Linear(12, 5))
+    tape = Tape(model, torch.randn(2, 2, 3, 3))
+    whole, layers = costs.features(tape, 10, 5)
+    md = 10 * 5
+    convolution, linear = 4 * (2 * 2 * 2 * 3), 12 * 5
+    arriving = 4 * (2 * 2 * 2 + 3)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert whole == [
+        *(1, 3, md * (convolution + linear), md * (arriving + 12 + 5)),
+        *(md * parameters, md * parameters * 5),
+    ]
+    assert layers == [1, 3, 1, md * (12 + 5), md * arriving, md * 12, md * 5 * 3]

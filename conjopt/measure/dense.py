@@ -27,12 +27,14 @@ from torch.utils._pytree import tree_leaves
 
 from conjopt.measure.replay import compiled_parts
 from conjopt.measure.shards import is_sharded
-from conjopt.measure.writes import untouched, written
+from conjopt.measure.writes import Attributes, written
 
-__all__ = ["ATTENDING", "PART", "SMALL", "Shortcut"]
+__all__ = ["ATTENDING", "PART", "SMALL", "TOGETHER", "Shortcut"]
 
-# Entries of a Jacobian that stays in the cache of a core: up to here the number of calls decides.
-SMALL = 2**19
+# Entries of a Jacobian up to which what both ways take was measured (`conjopt.measure.costs`).
+SMALL = 2**22
+# Those of one of all samples that are needed at once, which stays in the cache of a core.
+TOGETHER = 2**19
 # The same with multi-head attention, which the way through the layers computes twice.
 ATTENDING = 2**22
 # Entries of a part of the samples, where there are more: the calls for a part, some milliseconds,
@@ -96,6 +98,7 @@ class Shortcut:
     def __post_init__(self) -> None:
         self._trained: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}
+        self._modules: list[nn.Module] = []
         self._tied = False  # a tensor with several names
         self._key = self._kind()
         self._known: dict[Hashable, _Known] = {}
@@ -145,17 +148,21 @@ class Shortcut:
             return []
         return [range(i * m // number, (i + 1) * m // number) for i in range(number)]
 
-    def fits(self, like: Tensor, *, attending: bool, narrow: bool, together: bool) -> bool:
+    def fits(
+        self, like: Tensor, *, attending: bool, narrow: bool, shorter: bool, together: bool
+    ) -> bool:
         """Whether the whole Jacobian is the shorter way, and the model one that may be tried.
 
         Args:
             like: A tensor like the outputs, `(m, ...)`.
             attending: Whether the model calls multi-head attention.
-            narrow: Whether it has more places to convolve at than parameters (`structure.py`).
+            narrow: Whether convolutions' gradients are best taken whole (`costs.py`).
+            shorter: Whether it is estimated to be (`costs.py`).
             together: Whether the Jacobian of all samples is needed at once.
         """
         m, entries = len(self.inputs), self._entries(math.prod(like.shape[1:]))
-        one = entries <= (PART if narrow else ATTENDING if attending else SMALL)
+        small = TOGETHER if together else SMALL if shorter else 0
+        one = entries <= (PART if narrow else ATTENDING if attending else small)
         self._part = PART if attending or narrow else SMALL
         self.narrow = narrow
         many = attending and _FEWEST * entries <= m * PART
@@ -206,13 +213,15 @@ class Shortcut:
                 return output, tuple(g.unsqueeze(0) for g in pull(cotangents[0]))
             return output, vmap(pull)(cotangents)
 
-        cotangents = basis.reshape(d, *one)
+        cotangents, attributes = basis.reshape(d, *one), Attributes(self._modules)
         try:
             plain = sdpa_kernel(SDPBackend.MATH) if self._plain else contextlib.nullcontext()
-            with plain, untouched(model, {}, copy=False):
+            with plain:
                 outputs, found = vmap(pulled)(self.inputs[rows.start : rows.stop].detach().clone())
         except Exception:  # random numbers, a choice by values, something written to, no rule
             return None
+        finally:
+            attributes.restore()
         if not outputs.isfinite().all():
             return None
         wide = torch.promote_types(like.dtype, torch.float32)
@@ -276,6 +285,7 @@ class Shortcut:
                 or module._backward_pre_hooks
             ):
                 return None
+            self._modules.append(module)
             parts += (id(module), module.training)
             for tensors, kept in (
                 (module._parameters, self._trained),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
+from conjopt.measure.costs import has_narrow_convolutions, whole_is_shorter
 from conjopt.measure.dense import Shortcut
 from conjopt.measure.last_layer import empty_output
 from conjopt.measure.layers.layout import Samples
@@ -45,7 +46,6 @@ _FACTORED = {
     Tensor.matmul,
     Tensor.__matmul__,
 }
-_CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
 
 
 def structure_matrix(
@@ -262,7 +262,7 @@ class _Batch:
         self._large = sum(tensor.numel() for tensor in tensors) > _LARGE
         self._draws = False
         self._like: Tensor | None = None  # like the outputs
-        self._attends = self._narrow = False
+        self._attends = self._narrow = self._shorter = False
         self._size = 0.0  # bytes that the gradients of the layers take
         self._places: list[Samples | None] | None = None
 
@@ -281,7 +281,9 @@ class _Batch:
         m = self.samples
         first = min(m, 2) if self._large else m
         tape = self.forward([range(first)])
-        self._narrow = _narrow(tape)
+        d = len(self._basis(tape.only_output()))
+        self._narrow = has_narrow_convolutions(tape, d)
+        self._shorter = whole_is_shorter(tape, m, d)
         by_sample = self._bytes(tape) / first
         self._size = m * by_sample
         if self._draws or m == 1 or self._size <= self.memory:
@@ -314,6 +316,7 @@ class _Batch:
                 like,
                 attending=self._attends,
                 narrow=self._narrow and self._size <= self.memory and not together,
+                shorter=self._shorter,
                 together=together,
             ):
                 agrees = self._agrees(shortcut, like, product, result)
@@ -431,13 +434,6 @@ def bytes_by_cotangent(tape: Tape) -> int:
         if use.function not in _FACTORED:
             elements += tape.samples * sum(weight.numel() for weight in use.weights)
     return max(1, elements * _at_least_float32(tape.only_output()).itemsize)
-
-
-def _narrow(tape: Tape) -> bool:
-    """Whether convolutions' results have a quarter more elements than there are parameters."""
-    elements = sum(math.prod(s) for u in tape.uses if u.function in _CONVOLUTIONS for s in u.shapes)
-    weights = {id(weight): weight.numel() for use in tape.uses for weight in use.weights}
-    return elements > 1.25 * tape.samples * sum(weights.values())
 
 
 def _same(found: Tensor, expected: Tensor, eps: float) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from conjopt.measure.shards import is_sharded
 
-__all__ = ["renormalised", "told", "untouched", "written"]
+__all__ = ["Attributes", "renormalised", "told", "untouched", "written"]
 
 # By model and mode, the names of parameters that a forward was seen to write to.
 _SEEN: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, frozenset[str]]] = (
@@ -70,6 +70,34 @@ def written(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> dic
     return _named(model, modules, (_seen(model) or {}).get(_mode(modules), frozenset()))
 
 
+class Attributes:
+    """What the attributes of modules refer to, to be given back: counters, flags, states.
+
+    Args:
+        modules: whose attributes to keep.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> model.calls = 0
+        >>> attributes = Attributes([model])
+        >>> model.calls, model.more = 1, 2
+        >>> attributes.restore()
+        >>> model.calls, hasattr(model, "more")
+        (0, False)
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._before = [(now := vars(module), now.copy()) for module in modules]
+
+    def restore(self) -> None:
+        """Give them back; what is written into an object that stays the same one is not."""
+        for now, then in self._before:
+            if len(now) != len(then) or not all(map(is_, now.values(), then.values())):
+                for name in set(now) - set(then):
+                    del now[name]
+                now.update(then)
+
+
 @contextlib.contextmanager
 def untouched(
     model: nn.Module, parameters: Mapping[str, Tensor], *, copy: bool = True
@@ -99,7 +127,7 @@ def untouched(
         (0, ['weight'])
     """
     modules = list(model.modules())  # once, as measuring steps come here
-    attributes = [(vars(m), dict(vars(m))) for m in modules if not _is_foreign(m)]
+    attributes = Attributes(m for m in modules if not _is_foreign(m))
     own = [p for m in modules for p in m._parameters.values() if p is not None]
     versions = [_version(p) for p in own]
     first = copy and not told(model, modules)
@@ -122,11 +150,7 @@ def untouched(
             "*= 0.9`, and so cannot run with others: write to it, as in `self.weight.mul_(0.9)`"
         ) from error
     finally:
-        for now, then in attributes:
-            if len(now) != len(then) or not all(map(is_, now.values(), then.values())):
-                for name in set(now) - set(then):
-                    del now[name]
-                now.update(then)
+        attributes.restore()
     changed = [_version(p) for p in own] != versions
     if first or changed:
         found = {
