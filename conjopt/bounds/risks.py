@@ -19,7 +19,7 @@ from conjopt.losses import potential_of
 from conjopt.losses.reading import PotentialOf
 from conjopt.measure.layers.tape import as_arguments, number_of_samples
 from conjopt.measure.replay import REPLAYING, Replay, refuse_reentrant
-from conjopt.measure.writes import untouched
+from conjopt.measure.writes import copies
 
 __all__ = ["Point", "Risk", "Samples", "Sums"]
 
@@ -296,9 +296,9 @@ class Risk:
         # Copies, as a model may write to its inputs.
         args, kwargs, targets = tree_map(lambda leaf: _double(leaf, device, copy=True), trees)
         before = Replay.random_state(self.model)
-        tensors = {**point.other, **point.trained}
-        with untouched(self.model, tensors) as tensors:
-            outputs = functional_call(self.model, tensors, args, kwargs)
+        # Copies of what the forward writes to, as far as a replay has told.
+        tensors = copies(self.model, {**point.other, **point.trained})
+        outputs = functional_call(self.model, tensors, args, kwargs)
         if not _equal(before, Replay.random_state(self.model)):
             raise ValueError(
                 f"{self.name}: {type(self.model).__name__} draws random numbers, and Thm 3.1 needs "

@@ -235,8 +235,7 @@ class Check:
             by = f" through {' and '.join(coupled)}" if coupled else ""
             self.found.append(
                 f"The model couples samples{by}: a sample alone has other outputs than in the "
-                "batch. Call model.eval() first, or use group or layer normalisation; where only "
-                "its first forward depends on the batch, call it once."
+                "batch. Call model.eval() first, or use group or layer normalisation."
             )
             return
         single = [gradients for _, gradients in alone.values()]

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from conjopt.measure.replay import compiled_parts
 from conjopt.measure.shards import is_sharded
-from conjopt.measure.writes import Attributes, written
+from conjopt.measure.writes import written
 
 __all__ = ["ATTENDING", "PART", "SMALL", "TOGETHER", "Shortcut"]
 
@@ -98,7 +98,6 @@ class Shortcut:
     def __post_init__(self) -> None:
         self._trained: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}
-        self._modules: list[nn.Module] = []
         self._tied = False  # a tensor with several names
         self._key = self._kind()
         self._known: dict[Hashable, _Known] = {}
@@ -213,15 +212,12 @@ class Shortcut:
                 return output, tuple(g.unsqueeze(0) for g in pull(cotangents[0]))
             return output, vmap(pull)(cotangents)
 
-        cotangents, attributes = basis.reshape(d, *one), Attributes(self._modules)
+        cotangents = basis.reshape(d, *one)
         try:
-            plain = sdpa_kernel(SDPBackend.MATH) if self._plain else contextlib.nullcontext()
-            with plain:
+            with sdpa_kernel(SDPBackend.MATH) if self._plain else contextlib.nullcontext():
                 outputs, found = vmap(pulled)(self.inputs[rows.start : rows.stop].detach().clone())
         except Exception:  # random numbers, a choice by values, something written to, no rule
             return None
-        finally:
-            attributes.restore()
         if not outputs.isfinite().all():
             return None
         wide = torch.promote_types(like.dtype, torch.float32)
@@ -285,7 +281,6 @@ class Shortcut:
                 or module._backward_pre_hooks
             ):
                 return None
-            self._modules.append(module)
             parts += (id(module), module.training)
             for tensors, kept in (
                 (module._parameters, self._trained),

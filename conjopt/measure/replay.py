@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from conjopt.measure.graph_hooks import without_multi_grad_hooks
 from conjopt.measure.shards import is_sharded, moved_in_place
-from conjopt.measure.writes import untouched
+from conjopt.measure.writes import Backup, copies, notice, remember, told, versions
 
 __all__ = [
     "Pull",
@@ -41,9 +42,9 @@ class Replay:
 
     The copy of the inputs, the state of the random number generators before the forward, and
     copies of the buffers, those that it changed as they were before it, make it the same function;
-    nothing that the model owns is written to: a forward that writes to parameters gets copies of
-    them, and attributes of modules are given back what they referred to (`conjopt.measure.writes`).
-    Parts that `torch.compile` was called on run uncompiled.
+    no parameter or buffer of the model is written to: a forward that writes to parameters gets
+    copies of those (`conjopt.measure.writes`). Parts that `torch.compile` was called on run
+    uncompiled.
 
     Attributes:
         model: the module.
@@ -93,7 +94,7 @@ class Replay:
 
         Args:
             parameters: by name, what to use in place of the model's own.
-            copy: whether to copy those parameters that the forward writes to (`writes.untouched`).
+            copy: whether to copy those parameters that the forward writes to (`writes.copies`).
 
         Example:
             >>> model = nn.Linear(2, 3)
@@ -134,13 +135,59 @@ class Replay:
                 {name.removeprefix("_orig_mod."): t for name, t in tensors.items()}
                 for tensors in (parameters, before)
             )
+        given = parameters
+        if copy:
+            self.find_writes()
+            given = copies(model, parameters)
+        counted = versions(model)
+        found = self._once(model, before, given, tell_draws)
+        notice(model, counted)
+        return found
+
+    def find_writes(self) -> None:
+        """Find out which parameters a forward writes to, by one that is undone, if that is unknown.
+
+        Example:
+            >>> model = nn.Linear(2, 3)
+            >>> Replay(model, (torch.ones(4, 2),), {}, Replay.random_state(model)).find_writes()
+            >>> told(model)
+            True
+        """
+        model: Any = getattr(self.model, "_orig_mod", self.model)
+        if told(model):
+            return
+        backup, names = self._undone(model)
+        if names:  # what is not written again was set once, as by a first batch, and is to stay
+            _, again = self._undone(model)
+            backup.redo(names - again)
+            names = again
+        remember(model, names)
+
+    def _undone(self, model: nn.Module) -> tuple[Backup, set[str]]:
+        """Run the model, undo what it writes to parameters, and tell which those are."""
+        backup, names = Backup(model), set[str]()
+        before = {name.removeprefix("_orig_mod."): t for name, t in self.buffers.items()}
+        try:
+            with torch.enable_grad():  # as models may want it
+                self._once(model, before, copies(model, {}), tell_draws=False)
+        finally:
+            names = backup.undo()
+        return backup, names
+
+    def _once(
+        self,
+        model: Any,
+        before: Mapping[str, Tensor],
+        parameters: Mapping[str, Tensor],
+        tell_draws: bool,
+    ) -> tuple[list[Tensor | None], bool | None]:
+        """Run the model, which may be without torch.compile's wrapper."""
         # Copies, as the forward may write to them.
         buffers = {n: before.get(n, buffer).clone() for n, buffer in model.named_buffers()}
         cpu, others = self.random
         devices = [device.index for device in others]
         fork = torch.random.fork_rng(devices, enabled=True)
-        kept = untouched(model, parameters, copy=copy)
-        with self.paused(), _uncompiled(), _uncached(), fork, kept as parameters:
+        with self.paused(), _uncompiled(), _uncached(), fork:
             torch.set_rng_state(cpu)
             for device, state in others.items():
                 torch.cuda.set_rng_state(state, device)
@@ -322,7 +369,15 @@ def _called(
     # With none to replace it is a plain call, but for those that functional_call refuses.
     if not tensors and not isinstance(model, torch.jit.ScriptModule | nn.DataParallel):
         return model(*args, **kwargs)
-    return functional_call(model, tensors, args, kwargs, strict=False)
+    try:
+        return functional_call(model, tensors, args, kwargs, strict=False)
+    except (TypeError, ValueError) as error:  # as nn.Module.__setattr__ says it
+        if not re.match(r"cannot assign '.*' as parameter|Cannot assign non-leaf", str(error)):
+            raise
+        raise RuntimeError(
+            f"The forward of {type(model).__name__} assigns to a parameter, as in `self.weight *= "
+            "0.9`, and so cannot run with others: write to it, as in `self.weight.mul_(0.9)`"
+        ) from error
 
 
 def _same(now: Tensor, before: Tensor) -> bool:

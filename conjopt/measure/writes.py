@@ -1,23 +1,22 @@
-"""What a forward writes to of its own model: parameters, and attributes of its modules."""
+"""Which of its own parameters a forward writes to, so that a replay can give it copies."""
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Hashable, Iterable, Iterator, Mapping
-from operator import is_
+from collections.abc import Hashable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from conjopt.measure.shards import is_sharded
 
-__all__ = ["Attributes", "renormalised", "told", "untouched", "written"]
+__all__ = ["Backup", "copies", "notice", "remember", "renormalised", "told", "versions", "written"]
 
 # By model and mode, the names of parameters that a forward was seen to write to.
 _SEEN: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, frozenset[str]]] = (
     weakref.WeakKeyDictionary()
 )
+_MOST_MODES = 64
 
 
 def renormalised(model: nn.Module) -> dict[str, Tensor]:
@@ -33,31 +32,14 @@ def renormalised(model: nn.Module) -> dict[str, Tensor]:
         >>> list(renormalised(nn.Sequential(nn.Embedding(3, 2, max_norm=1.0), nn.Linear(2, 2))))
         ['0.weight']
     """
-    return _named(model, model.modules(), frozenset())
+    return _named(model, frozenset())
 
 
-def told(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> bool:
-    """Whether `untouched` has seen a forward of a model, in the mode that it is in, or never will.
-
-    Args:
-        model: not the wrapper of torch.compile.
-        modules: of the model, where they are at hand.
-
-    Example:
-        >>> told(nn.Linear(2, 2))
-        False
-    """
-    modules = list(model.modules() if modules is None else modules)
-    seen = _seen(model)
-    return seen is None or _mode(modules) in seen or not _can_be_told(modules)
-
-
-def written(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> dict[str, Tensor]:
-    """Parameters that a forward writes to: `renormalised` ones, and what `untouched` has seen.
+def written(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters that a forward writes to: `renormalised` ones, and those that it was seen to.
 
     Args:
         model: not the wrapper of torch.compile; in the mode that is asked about.
-        modules: of the model, where they are at hand.
 
     Returns:
         by their names in `model.named_parameters()`.
@@ -66,101 +48,147 @@ def written(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> dic
         >>> list(written(nn.Linear(2, 2)))
         []
     """
-    modules = list(model.modules() if modules is None else modules)
-    return _named(model, modules, (_seen(model) or {}).get(_mode(modules), frozenset()))
+    return _named(model, (_seen(model) or {}).get(_mode(model), frozenset()))
 
 
-class Attributes:
-    """What the attributes of modules refer to, to be given back: counters, flags, states.
-
-    Args:
-        modules: whose attributes to keep.
-
-    Example:
-        >>> model = nn.Linear(2, 2)
-        >>> model.calls = 0
-        >>> attributes = Attributes([model])
-        >>> model.calls, model.more = 1, 2
-        >>> attributes.restore()
-        >>> model.calls, hasattr(model, "more")
-        (0, False)
-    """
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._before = [(now := vars(module), now.copy()) for module in modules]
-
-    def restore(self) -> None:
-        """Give them back; what is written into an object that stays the same one is not."""
-        for now, then in self._before:
-            if len(now) != len(then) or not all(map(is_, now.values(), then.values())):
-                for name in set(now) - set(then):
-                    del now[name]
-                now.update(then)
-
-
-@contextlib.contextmanager
-def untouched(
-    model: nn.Module, parameters: Mapping[str, Tensor], *, copy: bool = True
-) -> Iterator[dict[str, Tensor]]:
-    """Yield what a forward is to use in place of parameters, so that it leaves the model alone.
-
-    Those that it writes to are replaced by copies. The first forward of a model in a mode has
-    copies of all, and which of them it wrote to is remembered: by their versions, their memory
-    and, on a CPU, their values. Attributes of modules, as counters, flags and states are, are given
-    back what they referred to; not those of torch's distributed engines.
+def copies(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What to use in place of parameters: those given, and copies of those that are written to.
 
     Args:
         model: not the wrapper of torch.compile.
         parameters: by name, those that are replaced anyway.
-        copy: whether to copy, or else only to remember writes to the model's own parameters.
 
-    Raises:
-        RuntimeError: if the forward assigns to a parameter.
+    Example:
+        >>> list(copies(nn.Embedding(3, 2, max_norm=1.0), {}))
+        ['weight']
+    """
+    return {**parameters, **{n: _copy(parameters.get(n, p)) for n, p in written(model).items()}}
+
+
+def told(model: nn.Module) -> bool:
+    """Whether it is remembered what a forward of a model writes to, in the mode that it is in.
+
+    Args:
+        model: not the wrapper of torch.compile.
+
+    Example:
+        >>> told(nn.Linear(2, 2))
+        False
+    """
+    seen = _seen(model)
+    return seen is None or _mode(model) in seen
+
+
+class Backup:
+    """Copies of a model's parameters, to tell which of them a forward writes to, and to undo it.
+
+    Told by their versions, their memory and, on a CPU, their values. Parameters that are sharded or
+    not strided are left out.
+
+    Args:
+        model: not the wrapper of torch.compile.
 
     Example:
         >>> model = nn.Linear(2, 2)
-        >>> model.calls = 0
-        >>> with untouched(model, {}) as parameters, torch.no_grad():
-        ...     model.calls += 1
-        ...     _ = parameters["weight"].mul_(2)
-        >>> model.calls, list(written(model))
-        (0, ['weight'])
+        >>> backup = Backup(model)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.mul_(2)
+        >>> backup.undo()
+        {'weight'}
     """
-    modules = list(model.modules())  # once, as measuring steps come here
-    attributes = Attributes(m for m in modules if not _is_foreign(m))
-    own = [p for m in modules for p in m._parameters.values() if p is not None]
-    versions = [_version(p) for p in own]
-    first = copy and not told(model, modules)
-    copies: dict[str, tuple[Tensor, Tensor, tuple[int, int]]] = {}
-    if copy:
-        for name, p in (
-            dict(model.named_parameters()) if first else written(model, modules)
-        ).items():
-            given = parameters.get(name, p)
-            copies[name] = _copy(given), given, (0, 0)
-    if first:
-        copies = {name: (c, given, _state(c)) for name, (c, given, _) in copies.items()}
-    try:
-        yield {**parameters, **{name: c for name, (c, *_) in copies.items()}}
-    except (TypeError, ValueError) as error:
-        if "parameter '" not in str(error):
-            raise
-        raise RuntimeError(
-            f"The forward of {type(model).__name__} assigns to a parameter, as in `self.weight "
-            "*= 0.9`, and so cannot run with others: write to it, as in `self.weight.mul_(0.9)`"
-        ) from error
-    finally:
-        attributes.restore()
-    changed = [_version(p) for p in own] != versions
-    if first or changed:
-        found = {
-            n for n, (c, g, s) in copies.items() if first and not (_state(c) == s and _same(c, g))
-        }
-        moved = {id(p) for p, version in zip(own, versions, strict=True) if _version(p) != version}
-        found |= {name for name, p in model.named_parameters() if id(p) in moved}
-        if (seen := _seen(model)) is not None and (first or found):
-            mode = _mode(modules)
-            seen[mode] = seen.get(mode, frozenset()) | found
+
+    def __init__(self, model: nn.Module) -> None:
+        self._kept: dict[str, tuple[Tensor, int, Tensor, Tensor]] = {}
+        self._undone: dict[str, Tensor] = {}
+        for name, parameter in model.named_parameters():
+            if is_sharded(parameter) or isinstance(parameter, nn.UninitializedParameter):
+                continue
+            try:
+                if parameter.layout is torch.strided:
+                    data = parameter.data
+                    self._kept[name] = parameter, _version(parameter), data, data.clone()
+            except (RuntimeError, NotImplementedError):  # of an unusual kind
+                continue
+
+    @torch.no_grad()
+    def undo(self) -> set[str]:
+        """Write back what was there before, and return the names of what was written to."""
+        for name, (parameter, version, data, copy) in self._kept.items():
+            moved = parameter.data_ptr() != data.data_ptr()
+            if moved or _version(parameter) != version or not _same(data, copy):
+                self._undone[name] = parameter.detach().clone()
+                if moved:
+                    parameter.data = data
+                data.copy_(copy)
+        return set(self._undone)
+
+    @torch.no_grad()
+    def redo(self, names: Iterable[str]) -> None:
+        """Write again what was undone.
+
+        Args:
+            names: of parameters.
+        """
+        for name in names:
+            parameter, _, data, _ = self._kept[name]
+            if data.shape == self._undone[name].shape:
+                data.copy_(self._undone[name])
+            else:
+                parameter.data = self._undone[name]
+
+
+def versions(model: nn.Module) -> list[int]:
+    """Versions of a model's parameters, which torch counts writes by.
+
+    Args:
+        model: not the wrapper of torch.compile.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> before = versions(model)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.mul_(2)
+        >>> [now - then for now, then in zip(versions(model), before, strict=True)]
+        [1, 0]
+    """
+    return [_version(p) for m in model.modules() for p in m._parameters.values() if p is not None]
+
+
+def notice(model: nn.Module, before: list[int]) -> None:
+    """Remember which parameters a forward has written to.
+
+    Args:
+        model: not the wrapper of torch.compile.
+        before: the `versions` before the forward.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> before = versions(model)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.mul_(2)
+        >>> notice(model, before)
+        >>> list(written(model))
+        ['weight']
+    """
+    after = versions(model)
+    if after == before or len(after) != len(before):
+        return
+    own = [p for m in model.modules() for p in m._parameters.values() if p is not None]
+    moved = {id(p) for p, old, new in zip(own, before, after, strict=True) if old != new}
+    names = {name for name, p in model.named_parameters() if id(p) in moved}
+    remember(model, names)
+
+
+def _named(model: nn.Module, seen: frozenset[str]) -> dict[str, Tensor]:
+    """Name the parameters that were seen to be written to, and the tables."""
+    tables = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
+    }
+    if not tables and not seen:
+        return {}
+    return {name: p for name, p in model.named_parameters() if id(p) in tables or name in seen}
 
 
 def _seen(model: nn.Module) -> dict[Hashable, frozenset[str]] | None:
@@ -170,61 +198,44 @@ def _seen(model: nn.Module) -> dict[Hashable, frozenset[str]] | None:
         return None
 
 
-def _mode(modules: Iterable[nn.Module]) -> Hashable:
-    return tuple([module.training for module in modules])
+def remember(model: nn.Module, names: Iterable[str]) -> None:
+    """Remember that a forward was seen to write to some parameters, or to none, in this mode.
+
+    Args:
+        model: not the wrapper of torch.compile.
+        names: of those parameters.
+
+    Example:
+        >>> remember(model := nn.Linear(2, 2), ["bias"])
+        >>> list(written(model))
+        ['bias']
+    """
+    mode = _mode(model)
+    if (seen := _seen(model)) is not None:
+        if len(seen) >= _MOST_MODES and mode not in seen:
+            seen.clear()
+        seen[mode] = seen.get(mode, frozenset()) | frozenset(names)
 
 
 def _copy(tensor: Tensor) -> Tensor:
     copy = tensor.clone()
-    copy._is_param = True  # so that a module lets it be assigned
+    if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+        copy = nn.Parameter(copy, requires_grad=False)  # a forward may assign it to itself
     return copy
 
 
-def _named(
-    model: nn.Module, modules: Iterable[nn.Module], seen: frozenset[str]
-) -> dict[str, Tensor]:
-    """Name the parameters that were seen to be written to, and the tables."""
-    tables = {
-        id(module.weight)
-        for module in modules
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
-    }
-    if not tables and not seen:
-        return {}
-    return {name: p for name, p in model.named_parameters() if id(p) in tables or name in seen}
-
-
-def _can_be_told(modules: list[nn.Module]) -> bool:
-    """Whether all parameters can be replaced in a forward by copies, and those be compared."""
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    return (
-        not transformed
-        and not any(map(_is_foreign, modules))
-        and not any(
-            is_sharded(p) or p.is_sparse or isinstance(p, nn.UninitializedParameter)
-            for module in modules
-            for p in module._parameters.values()
-            if p is not None
-        )
-    )
-
-
-def _is_foreign(module: nn.Module) -> bool:
-    home = type(module).__module__
-    return isinstance(module, torch.jit.ScriptModule) or home.startswith(
-        ("torch.nn.parallel", "torch.distributed")
-    )
+def _mode(model: nn.Module) -> Hashable:
+    return tuple([module.training for module in model.modules()])
 
 
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _state(copy: Tensor) -> tuple[int, int]:
-    return _version(copy), copy.data_ptr()
-
-
-def _same(copy: Tensor, given: Tensor) -> bool:
-    if copy.device.type != "cpu":  # would wait for it
+def _same(data: Tensor, copy: Tensor) -> bool:
+    if data.device.type != "cpu":  # would wait for it
         return True
-    return torch.equal(copy, given) or not bool(given.isfinite().all())
+    try:
+        return torch.equal(data, copy) or not bool(copy.isfinite().all())
+    except (RuntimeError, NotImplementedError):  # quantised, or of an unusual kind
+        return True

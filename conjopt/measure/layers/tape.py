@@ -23,7 +23,7 @@ from conjopt.measure.layers.pieces import BUDGET, Dense, Lookup, Piece
 from conjopt.measure.layers.rules import pieces_of
 from conjopt.measure.layers.uses import Recorder, Use
 from conjopt.measure.replay import Replay, refuse_reentrant
-from conjopt.measure.writes import told, written
+from conjopt.measure.writes import written
 
 __all__ = ["LITTLE", "Arguments", "Tape", "as_arguments", "number_of_samples", "refuse_mixed"]
 
@@ -69,9 +69,7 @@ class Tape:
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self.samples = number_of_samples(tensors)
         replay = Replay(model, args, kwargs, Replay.random_state(model))
-        if not told(_plain(model)):
-            with torch.enable_grad():
-                replay.run({})
+        replay.find_writes()
         every: dict[str, Tensor] = dict(_plain(model).named_parameters())
         copies = {
             name: p.detach().clone().requires_grad_(p.requires_grad)
