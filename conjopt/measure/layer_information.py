@@ -222,8 +222,11 @@ def _run(
         cut = functools.partial(_cut, n=n, lo=lo, hi=min(lo + batch_size, n))
         some, named = tree_map(cut, (args, kwargs))
         found: dict[str, Tensor] = {}
-        with _kept({name: modules[name] for name in names}, found), torch.no_grad():
-            Replay(model, some, named, Replay.random_state(model)).run({})
+        replay = Replay(model, some, named, Replay.random_state(model))
+        with torch.no_grad():
+            replay.find_writes()  # which may run it once more
+            with _kept({name: modules[name] for name in names}, found):
+                replay.run({})
         missing = [name for name in names if name not in found]
         if missing:
             raise ValueError(f"the forward did not call the layers {missing}: leave them out.")

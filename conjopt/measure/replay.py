@@ -168,8 +168,7 @@ class Replay:
         backup, names = Backup(model), set[str]()
         before = {name.removeprefix("_orig_mod."): t for name, t in self.buffers.items()}
         try:
-            with torch.enable_grad():  # as models may want it
-                self._once(model, before, copies(model, {}), tell_draws=False)
+            self._once(model, before, copies(model, {}), tell_draws=False)
         finally:
             names = backup.undo()
         return backup, names

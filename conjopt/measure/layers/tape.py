@@ -69,7 +69,8 @@ class Tape:
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self.samples = number_of_samples(tensors)
         replay = Replay(model, args, kwargs, Replay.random_state(model))
-        replay.find_writes()
+        with torch.enable_grad():  # as models may want it
+            replay.find_writes()
         every: dict[str, Tensor] = dict(_plain(model).named_parameters())
         copies = {
             name: p.detach().clone().requires_grad_(p.requires_grad)
