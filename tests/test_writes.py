@@ -363,3 +363,46 @@ def test_errors_that_speak_of_parameters_are_those_of_the_model():
 
     with pytest.raises(ValueError, match="unknown value for parameter 'mode'"):
         measure.structure_matrix(Fails(4, 3), torch.randn(6, 4))
+
+
+class Shared(nn.Module):
+    """A module under two names, and another whose weight is tied to a third's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = self.other = nn.Linear(4, 4)
+        self.p, self.q = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.q.weight = self.p.weight
+        self.head = nn.Linear(4, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.q(self.p(self.other(self.one(x).tanh())).tanh()))
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_module_with_two_names_keeps_its_parameters(name):
+    torch.manual_seed(0)
+    model, (x, y) = Shared(), batch()
+    before = {n: id(p) for n, p in model.named_parameters(remove_duplicate=False)}
+    for _ in range(3):
+        MEASURED[name](model, x, y)
+        after = {n: id(p) for n, p in model.named_parameters(remove_duplicate=False)}
+        assert after == before
+
+
+@pytest.mark.parametrize("direction", ["spectral", "sgd"])
+def test_the_optimizer_trains_a_module_with_two_names(direction):
+    torch.manual_seed(0)
+    model, (x, y) = Shared(), batch()
+    ledger = bounds.ConvergenceLedger(model, LOSS, x, y, whole=True)
+    optimizer = ConjSGD(
+        model.parameters(), model=model, loss=LOSS, direction=direction, ledger=ledger
+    )
+    weight = model.one.weight
+    for _ in range(4):
+        optimizer.zero_grad()
+        LOSS(model(x), y).backward()
+        assert weight.grad is not None
+        optimizer.step()
+        assert model.other.weight is weight

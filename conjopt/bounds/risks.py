@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from conjopt.losses import potential_of
 from conjopt.losses.reading import PotentialOf
 from conjopt.measure.layers.tape import as_arguments, number_of_samples
-from conjopt.measure.replay import REPLAYING, Replay, refuse_reentrant
+from conjopt.measure.replay import REPLAYING, Replay, refuse_reentrant, with_tied
 from conjopt.measure.writes import copies
 
 __all__ = ["Point", "Risk", "Samples", "Sums"]
@@ -298,7 +298,8 @@ class Risk:
         before = Replay.random_state(self.model)
         # Copies of what the forward writes to, as far as a replay has told.
         tensors = copies(self.model, {**point.other, **point.trained})
-        outputs = functional_call(self.model, tensors, args, kwargs)
+        tensors = with_tied(self.model, tensors)
+        outputs = functional_call(self.model, tensors, args, kwargs, tie_weights=False)
         if not _equal(before, Replay.random_state(self.model)):
             raise ValueError(
                 f"{self.name}: {type(self.model).__name__} draws random numbers, and Thm 3.1 needs "

@@ -25,7 +25,7 @@ from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
-from conjopt.measure.replay import compiled_parts
+from conjopt.measure.replay import compiled_parts, with_tied
 from conjopt.measure.shards import is_sharded
 from conjopt.measure.writes import written
 
@@ -201,7 +201,9 @@ class Shortcut:
             def run(*parameters: Tensor) -> Tensor:
                 tensors = {**buffers, **dict(zip(names, parameters, strict=True))}
                 inputs = (sample.unsqueeze(0),)
-                output = functional_call(model, tensors, inputs, tie_weights=self._tied)
+                if self._tied:
+                    tensors = with_tied(model, tensors)
+                output = functional_call(model, tensors, inputs, tie_weights=False)
                 if type(output) is not Tensor or output.shape != one or output.dtype != like.dtype:
                     raise ValueError("another output than before")
                 return output

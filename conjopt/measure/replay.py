@@ -27,6 +27,7 @@ __all__ = [
     "changed_buffers",
     "compiled_parts",
     "refuse_reentrant",
+    "with_tied",
 ]
 
 # Whether the model runs for a measurement, which other measurements are to leave alone.
@@ -298,6 +299,33 @@ def changed_buffers(model: nn.Module, before: Mapping[str, Tensor]) -> dict[str,
     return {n: copy for n, copy in before.items() if n in now and not _same(now[n], copy)}
 
 
+def with_tied(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add the other names of tied parameters and buffers, each module under one of its names.
+
+    `torch.func.functional_call(..., tie_weights=True)` does so too, but for a module with several
+    names it takes each, and leaves the replacement in the module (torch 2.13).
+
+    Args:
+        model: a module.
+        tensors: by name, what to use in place of its parameters and buffers.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> model[1].weight = model[0].weight
+        >>> list(with_tied(model, {"0.weight": torch.zeros(2, 2)}))
+        ['0.weight', '1.weight']
+    """
+    own = {
+        f"{prefix}.{name}" if prefix else name: tensor
+        for prefix, module in model.named_modules()
+        for members in (module._parameters, module._buffers)
+        for name, tensor in members.items()
+        if tensor is not None
+    }
+    replaced = {id(own[name]): tensor for name, tensor in tensors.items() if name in own}
+    return {n: replaced[id(t)] for n, t in own.items() if id(t) in replaced} | dict(tensors)
+
+
 def compiled_parts(model: nn.Module) -> list[str]:
     """Names of modules that `torch.compile` or `Module.compile` was called on.
 
@@ -369,7 +397,8 @@ def _called(
     if not tensors and not isinstance(model, torch.jit.ScriptModule | nn.DataParallel):
         return model(*args, **kwargs)
     try:
-        return functional_call(model, tensors, args, kwargs, strict=False)
+        tensors = with_tied(model, tensors)
+        return functional_call(model, tensors, args, kwargs, tie_weights=False)
     except (TypeError, ValueError) as error:  # as nn.Module.__setattr__ says it
         if not re.match(r"cannot assign '.*' as parameter|Cannot assign non-leaf", str(error)):
             raise
